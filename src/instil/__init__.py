@@ -1,0 +1,3 @@
+"""instil: supervised fine-tuning of language models."""
+
+__version__ = "0.1.0"

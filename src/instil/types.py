@@ -1,0 +1,99 @@
+"""The nouns: Message, Conversation, Example, Pack, Batch; frozen values that flow from stage to stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message as the chat template sees it. `fields` holds what else the row gave it (name, tool_calls, ...)."""
+
+    role: str
+    content: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The mapping handed to the template."""
+        return {"role": self.role, "content": self.content, **self.fields}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """The messages of one row. origin = `file:line`; task = the row's own label, used to group reports ("" if none)."""
+
+    messages: tuple[Message, ...]
+    origin: str
+    tools: tuple[Mapping[str, Any], ...] = ()
+    task: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A pair: the tokens the server puts in front of the model, and the tokens the model must then emit.
+
+    prompt_tokens [p], answer_tokens [a], weights [a] (a token is a target where its weight is > 0).
+    turn: which assistant turn of the row, counted from 0.
+    """
+
+    prompt_tokens: Int32
+    answer_tokens: Int32
+    weights: Float32
+    origin: str
+    turn: int
+    task: str = ""
+
+    @property
+    def length_tokens(self) -> int:
+        """Tokens the model computes for this pair: all but the last, which is only ever predicted."""
+        return len(self.prompt_tokens) + len(self.answer_tokens) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Examples laid out for one forward pass of n computed tokens and m losses.
+
+    tokens [n]; positions [n] = depth of the token in its own example; reach [n] = one past the last index that may
+    look at it: query q attends to key k exactly when k <= q < reach[k].
+    Triples (at [m], target [m], weight [m]): the hidden state at `at` should predict `target`, counted `weight` times.
+    owner [m] = which of `examples` (indices into the epoch's examples) the triple belongs to.
+    """
+
+    tokens: Int32
+    positions: Int32
+    reach: Int32
+    at: Int32
+    target: Int32
+    weight: Float32
+    owner: Int32
+    examples: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The packs of one optimizer update, and the one number their summed loss is divided by."""
+
+    step: int
+    epoch: int
+    packs: tuple[Pack, ...]
+    weight_sum: float
+
+    @property
+    def target_tokens(self) -> int:
+        """Triples with weight > 0."""
+        return int(sum(np.count_nonzero(pack.weight) for pack in self.packs))
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that go through the model."""
+        return sum(len(pack.tokens) for pack in self.packs)
