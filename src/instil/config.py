@@ -1,0 +1,296 @@
+"""One strict configuration tree: every key, its default, unit and range, once; and where each value came from."""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from instil.errors import Problem, UsageError
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+class Section(BaseModel):
+    """A part of the tree: frozen, no unknown keys. null means "chosen for you", and the run folder records the choice."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    train: Annotated[list[str], Field(min_length=1, description="files to learn from")]
+    heldout: str | Share = Field(0.05, description="file, or share of the training rows, to measure on; 0 = none")
+    heldout_most: int = Field(200, ge=1, description="rows that a share of heldout takes at most")
+
+
+class PackConfig(Section):
+    tokens: int | None = Field(None, ge=2, description="capacity of a pack in tokens; null = what fits the machine")
+
+
+class TrainConfig(Section):
+    lr: float | None = Field(None, gt=0, le=10, description="peak learning rate; null = 2e-5 full, 2e-4 LoRA")
+    epochs: int | None = Field(None, ge=1, le=1000, description="passes over the data; null = 1 above 10k rows, else 2")
+    steps: int | None = Field(None, ge=1, description="stop after so many steps; null = when the epochs are done")
+    batch_tokens: int | None = Field(None, ge=1, description="target tokens a step, on average")
+    batch_examples: int | None = Field(None, ge=1, description="examples a step, on average; null = 8 to 128 by data size")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="shape of the rate after warm-up")
+    warmup: Share = Field(0.03, description="share of the steps in which the rate rises")
+    weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decay of matrices, per step and unit of rate")
+    clip_norm: float = Field(1.0, ge=0, description="longest gradient, as a 2-norm; 0 = off")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="of the computation; weights are kept in fp32")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the order of the data and of new weights")
+
+
+class AdapterConfig(Section):
+    rank: int = Field(0, ge=0, le=4096, description="LoRA rank; 0 = full tuning")
+    alpha: float | None = Field(None, gt=0, description="LoRA scale is alpha / rank; null = 2 * rank")
+    targets: list[str] = Field(default_factory=list, description="linear layers to adapt; none = all but the head")
+
+
+class EvaluateConfig(Section):
+    every_steps: int | None = Field(None, ge=1, description="steps between held-out losses; null = a quarter of the run")
+    examples: int = Field(64, ge=1, description="held-out examples measured during the run")
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(0, ge=0, description="steps between checkpoints; 0 = by time")
+    every_s: float = Field(300, gt=0, description="seconds between checkpoints where every_steps is 0")
+    keep: int = Field(2, ge=1, le=1000, description="verified checkpoints to keep")
+
+
+class RunConfig(Section):
+    dir: str = Field("runs", description="folder of run folders")
+    name: str | None = Field(None, pattern=NAME, description="the run's folder in run.dir; null = made from model and data")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto = the first GPU, else the CPU")
+    threads: int | None = Field(None, ge=1, le=4096, description="CPU threads; null = all cores")
+
+
+class Config(Section):
+    """model + data + this = a run folder."""
+
+    model: str = Field(min_length=1, description="hub name, local folder, .gguf file, or demo")
+    template: str | None = Field(None, description="chat template file in place of the model's own")
+    data: DataConfig
+    pack: PackConfig = PackConfig()
+    train: TrainConfig = TrainConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run: RunConfig = RunConfig()
+
+
+# Keys that do not change what is learnt; all others must stay as they are when a run is resumed.
+HARMLESS = ("evaluate.", "checkpoint.", "run.")
+
+
+def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every key of the tree, dotted, in order."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from keys(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found.update(flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + str(name): value})
+    return found
+
+
+def load_config(file: Path | None, overrides: Sequence[str] = (), given: Mapping[str, Any] | None = None) -> Config:
+    """The configuration from a YAML 1.2 file, then `section.key=value` overrides, then `given` (dotted key: value).
+
+    Raises UsageError with every problem at once, each naming its place (file:line: key, or the override) and remedy.
+    """
+    tree, places = _read_yaml(file) if file else ({}, {})
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        if not sign or not key:
+            raise UsageError.at(text, "is not section.key=value", "write for instance train.lr=2e-5")
+        _set(tree, key, _scalar(text, value), text)
+        places[key] = text
+    for key, value in (given or {}).items():
+        _set(tree, key, value, f"--{key}")
+        places[key] = f"--{key}"
+    return _validated(tree, places)
+
+
+def _validated(tree: dict[str, Any], places: Mapping[str, str]) -> Config:
+    if isinstance(tree.get("data"), dict) and isinstance(tree["data"].get("train"), str):
+        tree["data"]["train"] = [tree["data"]["train"]]
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        known, found = list(keys()), {}
+        for e in error.errors():
+            problem = _problem(e, known, places)
+            found.setdefault(problem.place, problem)
+        raise UsageError(*found.values()) from None
+    if config.train.batch_tokens and config.train.batch_examples:
+        place = places.get("train.batch_tokens", "train.batch_tokens")
+        raise UsageError.at(place, "train.batch_tokens and train.batch_examples are both set", "keep one of them")
+    return config
+
+
+def _problem(error: Any, known: list[str], places: Mapping[str, str]) -> Problem:
+    """One pydantic error in our words."""
+    path = [part for part in error["loc"] if isinstance(part, str) and not part.startswith(("constrained", "str", "float"))]
+    key = ".".join(path)
+    while key not in places and key not in known and "." in key and error["type"] != "extra_forbidden":
+        key = key.rpartition(".")[0]
+    place = _place(key, places)
+    if error["type"] == "extra_forbidden":
+        return Problem(place, "unknown key", f"did you mean {nearest_key(key, known)}?", "unknown key")
+    if error["type"] == "missing":
+        return Problem(place, "is missing", MISSING.get(key, "set it"), "missing key")
+    message = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    return Problem(place, f"{error['input']!r}: {message}", _description(key), "bad value")
+
+
+MISSING = {
+    "model": "give --model, or `model:` in the file (a hub name, a folder, a .gguf file, or demo)",
+    "data": "give --data FILE, or `data.train:` in the file",
+    "data.train": "give --data FILE, or `data.train:` in the file",
+}
+
+
+def nearest_key(key: str, known: Sequence[str]) -> str:
+    """The key most like the one that was written, looking at its last part first."""
+    last = key.rpartition(".")[2]
+    tails = {k.rpartition(".")[2]: k for k in reversed(known)}
+    close = difflib.get_close_matches(key, known, 1, 0.75) or [
+        tails[t] for t in difflib.get_close_matches(last, list(tails), 1, 0.5)
+    ]
+    if close:
+        return close[0]
+    if last in ALIASES:
+        return ALIASES[last]
+    return (difflib.get_close_matches(key, known, 1, 0.0) or [known[0]])[0]
+
+
+ALIASES = {
+    "learning_rate": "train.lr", "learnig_rate": "train.lr", "num_train_epochs": "train.epochs",
+    "max_steps": "train.steps", "per_device_train_batch_size": "train.batch_examples", "lora_r": "adapter.rank",
+    "lora_alpha": "adapter.alpha", "max_length": "pack.tokens", "sequence_len": "pack.tokens",
+    "model_name_or_path": "model", "base_model": "model", "dataset": "data.train", "datasets": "data.train",
+    "output_dir": "run.dir", "max_grad_norm": "train.clip_norm", "lr_scheduler_type": "train.schedule",
+    "warmup_ratio": "train.warmup", "save_steps": "checkpoint.every_steps", "eval_steps": "evaluate.every_steps",
+}  # fmt: skip
+
+
+def _description(key: str) -> str:
+    section: Any = Config
+    for part in key.split("."):
+        field = section.model_fields.get(part)
+        if field is None:
+            return "see docs/configuration.md"
+        section = field.annotation
+    return f"{key}: {field.description}" if field.description else f"{key} is a section; see docs/configuration.md"
+
+
+def _place(key: str, places: Mapping[str, str]) -> str:
+    while key:
+        if key in places:
+            return places[key] if "=" in places[key] or places[key].startswith("--") else f"{places[key]}: {key}"
+        inside = next((places[k] for k in places if k.startswith(key + ".")), None)
+        if inside or "." not in key:
+            return key
+        key = key.rpartition(".")[0]
+    return key
+
+
+def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The file as nested dicts, and `file:line` of every key."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError.at(file, f"cannot be read ({error.strerror})", "check the path") from None
+    except UnicodeDecodeError:
+        raise UsageError.at(file, "is not UTF-8 text", "save it as UTF-8") from None
+    try:
+        tree = YAML(typ="rt").load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
+        what = str(error.problem or error.context or "not YAML").splitlines()[0]
+        raise UsageError.at(place, what, "mend the YAML") from None
+    except YAMLError as error:
+        raise UsageError.at(file, str(error).splitlines()[0], "mend the YAML") from None
+    if not isinstance(tree, CommentedMap):
+        raise UsageError.at(file, "is not a mapping of keys", "write for instance `model: demo`")
+    places: dict[str, str] = {}
+
+    def plain(node: Any, prefix: str) -> Any:
+        if isinstance(node, CommentedMap):
+            for key in node:
+                places[f"{prefix}{key}"] = f"{file}:{node.lc.key(key)[0] + 1}"
+            return {str(key): plain(value, f"{prefix}{key}.") for key, value in node.items()}
+        if isinstance(node, list):
+            return [plain(value, prefix) for value in node]
+        return _builtin(node)
+
+    return plain(tree, ""), places
+
+
+def _builtin(value: Any) -> Any:
+    """ruamel's number and string classes as Python's own."""
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def _scalar(text: str, value: str) -> Any:
+    """The value of an override, by the rules of YAML 1.2."""
+    try:
+        found = YAML(typ="safe", pure=True).load(value)
+    except YAMLError:
+        raise UsageError.at(text, "its value is not YAML", "quote it") from None
+    return found
+
+
+def _set(tree: dict[str, Any], key: str, value: Any, place: str) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UsageError.at(place, f"{section} is a value, not a section", "see docs/configuration.md")
+    tree[last] = value
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML, every value written out, each with its description."""
+    lines: list[str] = []
+
+    def walk(section: BaseModel, indent: str) -> None:
+        for name, field in type(section).model_fields.items():
+            value = getattr(section, name)
+            if isinstance(value, BaseModel):
+                lines.append(f"{indent}{name}:")
+                walk(value, indent + "  ")
+            else:
+                lines.append(f"{indent}{name}: {_yaml(value)}  # {field.description}")
+
+    walk(config, "")
+    return "\n".join(lines) + "\n"
+
+
+def _yaml(value: Any) -> str:
+    buffer = io.StringIO()
+    writer = YAML(typ="safe", pure=True)
+    writer.default_flow_style = True
+    writer.width = 1 << 20
+    writer.dump(value, buffer)
+    return buffer.getvalue().removesuffix("\n").removesuffix("...").strip()

@@ -1,0 +1,133 @@
+"""What became of every row: one entry each, written whole or not at all, and counted."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import orjson
+
+from instil.errors import DataError, MachineError
+
+Fate = Literal["used", "dropped"]
+Side = Literal["train", "heldout"]
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """The fate of one row. examples and tokens are what it contributes; rule and reason say why it was dropped."""
+
+    origin: str
+    fate: Fate
+    side: Side
+    examples: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    rule: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerCounts:
+    """Sums over a ledger: rows = used_rows + dropped_rows = train_rows + heldout_rows.
+
+    dropped_by_rule sums to dropped_rows; its rules are in the order of their first row.
+    """
+
+    rows: int
+    used_rows: int
+    dropped_rows: int
+    train_rows: int
+    heldout_rows: int
+    examples: int
+    prompt_tokens: int
+    answer_tokens: int
+    dropped_by_rule: Mapping[str, int]
+
+
+def in_source_order(entries: Iterable[LedgerEntry]) -> list[LedgerEntry]:
+    """Entries by file (in order of first appearance), then by line."""
+    entries = list(entries)
+    places = [_place(entry.origin) for entry in entries]
+    file_rank = {file: rank for rank, file in enumerate(dict.fromkeys(file for file, _ in places))}
+    order = sorted(range(len(entries)), key=lambda i: (file_rank[places[i][0]], places[i][1]))
+    return [entries[i] for i in order]
+
+
+def write_ledger(path: str | Path, entries: Iterable[LedgerEntry]) -> None:
+    """One JSON line per entry, in source order; the file appears complete or not at all.
+
+    Raises MachineError when it cannot be written; an older ledger at `path` is then untouched.
+    """
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with open(draft, "wb") as file:
+                for entry in in_source_order(entries):
+                    file.write(orjson.dumps(asdict(entry), option=orjson.OPT_APPEND_NEWLINE))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+            _sync_folder(path.parent)
+        finally:
+            with suppress(OSError):
+                draft.unlink()
+    except OSError as error:
+        what = f"the ledger cannot be written ({error.strerror or error})"
+        raise MachineError.at(path, what, "free space or fix the permissions, then run again", "unwritable") from None
+
+
+def read_ledger(path: str | Path) -> list[LedgerEntry]:
+    """The entries of a ledger file. Raises DataError when it is not one."""
+    names = {field.name for field in fields(LedgerEntry)}
+    entries = []
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise DataError.at(path, f"no ledger ({error.strerror})", "check the run folder", "ledger") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            values = None
+        if not isinstance(values, dict) or values.keys() != names:
+            raise DataError.at(f"{path}:{number}", "not a ledger entry", "run again to write the ledger anew", "ledger")
+        entries.append(LedgerEntry(**values))
+    return entries
+
+
+def ledger_counts(entries: Sequence[LedgerEntry]) -> LedgerCounts:
+    """The sums that must balance."""
+    fates = Counter(entry.fate for entry in entries)
+    sides = Counter(entry.side for entry in entries)
+    return LedgerCounts(
+        rows=len(entries),
+        used_rows=fates["used"],
+        dropped_rows=fates["dropped"],
+        train_rows=sides["train"],
+        heldout_rows=sides["heldout"],
+        examples=sum(entry.examples for entry in entries),
+        prompt_tokens=sum(entry.prompt_tokens for entry in entries),
+        answer_tokens=sum(entry.answer_tokens for entry in entries),
+        dropped_by_rule=dict(Counter(entry.rule for entry in entries if entry.fate == "dropped")),
+    )
+
+
+def _place(origin: str) -> tuple[str, int]:
+    file, _, line = origin.rpartition(":")
+    return (file, int(line)) if file and line.isascii() and line.isdigit() else (origin, 0)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

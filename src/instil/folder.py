@@ -1,0 +1,190 @@
+"""The run folder: its files, its one writer, and which model a name or a run stands for."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import platform
+import re
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from instil import __version__
+from instil.config import HARMLESS, Config, flat
+from instil.errors import MachineError, UsageError
+from instil.model.locate import ModelFolder, locate
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "numpy")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run; nothing is created before `claim`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def packs(self) -> Path:
+        return self.path / "packs"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def finished(self) -> bool:
+        """summary.json is written last."""
+        return self.summary.is_file()
+
+
+def run_name(config: Config) -> str:
+    """run.name, or one made from model, data and a digest of all that shapes the result: other settings, other folder."""
+    if config.run.name:
+        return config.run.name
+    shaping = {k: v for k, v in flat(config.model_dump()).items() if not k.startswith(HARMLESS)}
+    digest = hashlib.sha256(orjson.dumps(shaping, option=orjson.OPT_SORT_KEYS)).hexdigest()[:6]
+    words = [Path(config.model.rstrip("/")).name, Path(config.data.train[0]).name.split(".")[0]]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{'-'.join(words)}"[:50]).strip("-._") + f"-{digest}"
+
+
+@contextlib.contextmanager
+def claim(config: Config, *, fresh: bool) -> Iterator[RunFolder]:
+    """Open the run's folder for one writer. fresh: an older run of that name is moved aside, not deleted.
+
+    Raises UsageError for a folder with files that are not a run's, MachineError when another process holds it.
+    """
+    run = RunFolder(Path(config.run.dir) / run_name(config))
+    if run.path.exists() and not run.path.is_dir():
+        raise UsageError.at("run.dir", f"{run.path} is a file", "choose another run.dir or run.name")
+    if run.path.is_dir() and any(run.path.iterdir()) and not (run.path / "run.lock").is_file():
+        raise UsageError.at("run.dir", f"{run.path} holds files that are not a run's", "choose another run.name")
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        handle = (run.path / "run.lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise MachineError.at(run.path, f"cannot be written ({error.strerror})", "choose another run.dir") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            raise MachineError.at(run.path, f"is in use by {holder}", "wait for it, or stop it") from None
+        if fresh and (run.finished or run.config.exists()):
+            aside = run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+            run.path.rename(aside)
+            run.path.mkdir()
+            handle = (run.path / "run.lock").open("a+", encoding="utf-8")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        handle.flush()
+        yield run
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file is the old one or the new one, never between."""
+    draft = path.with_name(f".{path.name}.tmp")
+    with draft.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """One JSON document, indented, atomically."""
+    write_atomically(path, orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+
+
+def keep_metrics_through(path: Path, step: int) -> None:
+    """Drop the lines after `step`, which the resumed run makes again; and a torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if orjson.loads(line)["step"] <= step:
+                kept.append(line)
+        except orjson.JSONDecodeError:
+            continue
+    write_atomically(path, b"".join(kept))
+
+
+def append_metrics(path: Path, record: Mapping[str, Any]) -> None:
+    """One line a step."""
+    with path.open("ab") as file:
+        file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+
+
+def machine_facts() -> dict[str, Any]:
+    """Versions and machine, for the manifest."""
+    versions = {"instil": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {"versions": versions, "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "byteorder": sys.byteorder}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a user's M or RUN stands for. run is None for a model; base is the run's own base model."""
+
+    folder: ModelFolder
+    run: RunFolder | None
+    base: str | None
+
+
+def named(name: str, *, need_weights: bool) -> Named:
+    """A run folder (its model/) or a model as in `locate`."""
+    path = Path(name)
+    run = RunFolder(path)
+    if path.is_dir() and run.manifest.is_file() and run.config.is_file():
+        manifest = orjson.loads(run.manifest.read_bytes())
+        if not run.model.is_dir():
+            raise UsageError.at(name, "the run is not finished: it has no model/ yet", "run its command again to go on")
+        return Named(locate(str(run.model), need_weights=need_weights), run, str(manifest["model"]["name"]))
+    return Named(locate(name, need_weights=need_weights), None, None)

@@ -1,0 +1,60 @@
+"""LoRA through peft: add it to a model, save it in PEFT's layout, merge it into the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from instil.errors import UsageError
+
+
+def default_alpha(rank: int) -> float:
+    """Twice the rank: the usual scale of 2."""
+    return 2.0 * rank
+
+
+class Lora(Protocol):
+    """What an adapter is made from; the configuration's section has it."""
+
+    rank: int
+    alpha: float | None
+    targets: list[str]
+
+
+def add_lora(net: PreTrainedModel, lora: Lora, name: str, seed: int) -> PeftModel:
+    """Freeze the model and add W + (alpha / rank) * B A to its linear layers (Hu et al. 2021), B = 0 at the start.
+
+    alpha None = 2 * rank. targets: last parts of module names (`q_proj`), or none for every linear layer but the head.
+    name: the base model as the adapter's config will name it. seed: of A.
+    """
+    linear = {module.rsplit(".", 1)[-1] for module, m in net.named_modules() if isinstance(m, nn.Linear)}
+    for target in lora.targets:
+        if target not in linear:
+            known = ", ".join(sorted(linear))
+            raise UsageError.at("adapter.targets", f"the model has no linear layer {target!r}", f"use some of: {known}")
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha or default_alpha(lora.rank),
+        target_modules=list(lora.targets) if lora.targets else "all-linear",
+        base_model_name_or_path=name,
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(net, config, autocast_adapter_dtype=False)  # bf16 copies; our masters are fp32
+    adapted.peft_config["default"].base_model_name_or_path = name
+    return adapted
+
+
+def save_adapter(adapted: PeftModel, folder: Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors."""
+    adapted.save_pretrained(folder, safe_serialization=True)
+
+
+def merged(adapted: PeftModel) -> PreTrainedModel:
+    """The model with the adapter added into its weights; the adapted model must not be used afterwards."""
+    return adapted.merge_and_unload()  # type: ignore[operator,no-any-return]

@@ -1,0 +1,137 @@
+"""A model folder to a transformers model whose attention is ours, probed before use; what cannot be isolated is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from instil.errors import MachineError, ModelError
+from instil.model.attention import attention, layout_of
+from instil.model.head import head_of
+from instil.types import Pack
+
+# Words in a config's model_type or layer types, or in a module's class name, of layers that carry state from token to
+# token outside attention, so that documents of a pack would leak into each other.
+RECURRENT = ("mamba", "rwkv", "recurrent", "linear_attention", "deltanet", "lightning", "short_conv", "retnet", "xlstm")
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # relative to the hidden states' norm
+
+
+def device_named(name: str) -> torch.device:
+    """"auto" = the first CUDA device, else the CPU; any other name must exist here."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    present = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name not in (*present, "cuda" if len(present) > 1 else "cpu"):
+        raise MachineError.at("run.device", f"{name!r} is not here", f"use one of: {', '.join(present)}")
+    return torch.device(name)
+
+
+def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device, probe: bool = True) -> PreTrainedModel:
+    """Load a causal language model from a local folder in `dtype`, with attention `instil_loop`.
+
+    probe: compare the model on a pack of two documents with the model on each alone, before anything depends on it.
+    """
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    config = _read_config(folder)
+    refuse_recurrent(config, folder)
+    try:
+        net: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
+        )
+    except Exception as error:  # whatever transformers makes of a broken folder
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError.at(folder, f"does not load: {first}", "check the folder, or save the model again") from error
+    if type(net).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise ModelError.at(folder, f"{type(net).__name__} is not a causal language model", "use a text decoder")
+    if not net._can_set_attn_implementation():
+        what = f"{type(net).__name__} does not let its attention be chosen, so packs cannot be isolated"
+        raise ModelError.at(folder, what, "use a model class with transformers' attention interface")
+    net.to(device).eval()
+    net.set_attn_implementation("instil_loop")
+    if probe:
+        probe_isolation(net, folder)
+    return net
+
+
+def _read_config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError.at(folder / "config.json", f"not usable: {first}", "use a model transformers knows") from error
+
+
+def refuse_recurrent(config: Any, place: object) -> None:
+    """Refuse, by name, models in which tokens meet outside attention (linear attention, state spaces, convolutions)."""
+    text = config.get_text_config()
+    kinds = {str(config.model_type), str(text.model_type), *map(str, getattr(text, "layer_types", None) or ())}
+    kinds |= {name for name in ("ssm_cfg", "mamba_d_state", "conv_L_cache", "linear_num_key_heads") if hasattr(text, name)}
+    words = (*RECURRENT, "ssm", "conv", "linear_num")
+    for kind in sorted(kinds):
+        if any(word in kind.lower() for word in words):
+            what = f"{config.model_type}: its layers ({kind}) carry state from document to document outside attention"
+            raise ModelError.at(place, what, "packs cannot be isolated exactly; use a pure attention model")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError.at(place, f"{config.model_type} is an encoder-decoder", "use a causal language model")
+
+
+def probe_isolation(net: PreTrainedModel, place: object) -> None:
+    """Refuse a model whose packed documents differ from the documents alone, or whose logits are not our head's.
+
+    The reference is the model itself on each document alone, with its own SDPA attention and its own logits.
+    """
+    vocabulary = int(net.get_input_embeddings().weight.shape[0])
+    first, second = (np.random.Philox(key=[7, n]).random_raw(n).astype(np.uint64) % vocabulary for n in (5, 7))
+    device = next(net.parameters()).device
+    with torch.no_grad():
+        with attention(net, "sdpa"):
+            alone = net(input_ids=torch.from_numpy(second.astype(np.int64)).to(device)[None], use_cache=False).logits[0]
+        packed = _last_document(net, first, second)
+        perturbed = _last_document(net, (first + np.uint64(1)) % np.uint64(vocabulary), second)
+        head = head_of(net)
+        found = head.logits(packed)
+    scale = float(alone.float().norm())
+    tolerance = PROBE_TOLERANCE.get(alone.dtype, 0.1)
+    kind = f"{type(net).__name__} ({net.config.model_type})"
+    if float((packed - perturbed).norm()) > 1e-4 * float(packed.norm()):
+        what = f"{kind} leaks between the documents of a pack"
+        raise ModelError.at(place, what, "it cannot be trained on packs; use another model")
+    difference = float((found - alone.float()).norm()) / scale
+    if not difference < tolerance:
+        what = f"{kind}: logits in a pack differ from the model's own by {difference:.2g} of their norm"
+        raise ModelError.at(place, what, "its head or positions are not supported; use another model")
+
+
+def _last_document(net: PreTrainedModel, first: np.ndarray, second: np.ndarray) -> Tensor:
+    """Hidden states of the second of two packed documents."""
+    a, n = len(first), len(first) + len(second)
+    none = np.zeros(0, np.int32)
+    pack = Pack(
+        tokens=np.concatenate([first, second]).astype(np.int32),
+        positions=np.concatenate([np.arange(a), np.arange(n - a)]).astype(np.int32),
+        reach=np.repeat([a, n], [a, n - a]).astype(np.int32),
+        at=none, target=none, weight=none.astype(np.float32), owner=none, examples=(),
+    )  # fmt: skip
+    return hidden_states(net, pack)[a:]
+
+
+def hidden_states(net: PreTrainedModel, pack: Pack) -> Tensor:
+    """The model's last hidden states [n, d] of a pack's n tokens."""
+    device = next(net.parameters()).device
+    tokens, positions = (torch.from_numpy(x).to(device, torch.int64)[None] for x in (pack.tokens, pack.positions))
+    output = net.base_model(
+        input_ids=tokens,
+        position_ids=positions,
+        attention_mask=None,
+        use_cache=False,
+        instil_layout=layout_of(pack, device),
+    )
+    return output.last_hidden_state[0]

@@ -1,0 +1,37 @@
+"""How large a pack the machine holds: saved activations per token against free memory."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from transformers import PreTrainedModel
+
+CPU_BUDGET_BYTES = 1.2e9  # of activations; larger packs are not faster on a CPU
+CPU_MOST_TOKENS = 1024
+GPU_MOST_TOKENS = 32768
+LEAST_TOKENS = 256
+EAGER = 2.0  # eager norms and activations keep float32 and intermediate copies: measured 2.1 on SmolLM2-135M
+
+
+def activation_bytes_per_token(net: PreTrainedModel, dtype: torch.dtype) -> float:
+    """Saved activations of all layers without checkpointing: EAGER * bytes * L * (4d + (2H + 2K)h + 3f)."""
+    c = net.config.get_text_config()
+    d, heads = c.hidden_size, c.num_attention_heads
+    kv = getattr(c, "num_key_value_heads", None) or heads
+    head_dim = getattr(c, "head_dim", None) or d // heads
+    wide = getattr(c, "intermediate_size", None) or getattr(c, "n_inner", None) or 4 * d
+    size = torch.empty((), dtype=dtype).element_size()
+    return EAGER * size * c.num_hidden_layers * (4 * d + (2 * heads + 2 * kv) * head_dim + 3 * wide)
+
+
+def fitting_tokens(net: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> int:
+    """The largest pack whose activations fit: on a GPU in half of what the weights and optimizer leave free."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
+        budget, most = 0.5 * (free - 16.0 * trainable), GPU_MOST_TOKENS
+    else:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        budget, most = min(CPU_BUDGET_BYTES, 0.25 * available), CPU_MOST_TOKENS
+    return int(min(most, max(LEAST_TOKENS, budget / activation_bytes_per_token(net, dtype))))

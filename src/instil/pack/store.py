@@ -1,0 +1,122 @@
+"""Prepared examples on disk: an Arrow file keyed by digest, memory-mapped, absent or complete."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pyarrow as pa
+
+from instil.types import Example
+
+FORMAT = 1  # part of the digest: a changed layout is prepared anew, never misread
+
+SCHEMA = pa.schema(
+    [
+        ("prompt_tokens", pa.large_list(pa.int32())),
+        ("answer_tokens", pa.large_list(pa.int32())),
+        ("weights", pa.large_list(pa.float32())),
+        ("origin", pa.large_string()),
+        ("turn", pa.int32()),
+        ("task", pa.large_string()),
+    ]
+)
+
+
+class ExampleStore(Sequence[Example]):
+    """The examples of one side (train or held-out), read from a memory-mapped file.
+
+    lengths [n]: computed tokens of each example; target_tokens [n]: its answer tokens with weight > 0.
+    """
+
+    def __init__(self, path: Path):
+        with pa.memory_map(str(path)) as file:
+            table = pa.ipc.open_file(file).read_all().combine_chunks()
+        self._origin, self._turn, self._task = (table.column(name) for name in ("origin", "turn", "task"))
+        self._prompt = _ragged(table, "prompt_tokens")
+        self._answer = _ragged(table, "answer_tokens")
+        self._weights = _ragged(table, "weights")
+        self.lengths = np.diff(self._prompt[0]) + np.diff(self._answer[0]) - 1
+        self.prompt_tokens = np.diff(self._prompt[0])
+        self.answer_tokens = np.diff(self._answer[0])
+        counted = np.concatenate([[0], np.cumsum(self._weights[1] > 0)])
+        self.target_tokens = counted[self._weights[0][1:]] - counted[self._weights[0][:-1]]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> Example:  # type: ignore[override]
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        prompt, answer, weights = (
+            values[offsets[i] : offsets[i + 1]] for offsets, values in (self._prompt, self._answer, self._weights)
+        )
+        return Example(
+            prompt, answer, weights, self._origin[i].as_py(), self._turn[i].as_py(), task=self._task[i].as_py()
+        )
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+
+def _ragged(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A list column as (offsets [n+1], values), without copying the values."""
+    column = table.column(name)
+    array = column.chunk(0) if column.num_chunks else pa.array([], SCHEMA.field(name).type)
+    return array.offsets.to_numpy(), array.values.to_numpy()
+
+
+def write_examples(path: Path, examples: Iterable[Example]) -> None:
+    """Write one Arrow file; the caller publishes it (see `publish`)."""
+    examples = list(examples)
+
+    def ragged(arrays: list[np.ndarray], kind: pa.DataType) -> pa.Array:
+        offsets = np.concatenate([[0], np.cumsum([len(a) for a in arrays], dtype=np.int64)]).astype(np.int64)
+        values = np.concatenate(arrays) if arrays else np.zeros(0)
+        return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values.astype(kind.to_pandas_dtype())))
+
+    columns = [
+        ragged([e.prompt_tokens for e in examples], pa.int32()),
+        ragged([e.answer_tokens for e in examples], pa.int32()),
+        ragged([e.weights for e in examples], pa.float32()),
+        pa.array([e.origin for e in examples], pa.large_string()),
+        pa.array([e.turn for e in examples], pa.int32()),
+        pa.array([e.task for e in examples], pa.large_string()),
+    ]
+    table = pa.Table.from_arrays(columns, schema=SCHEMA)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+        writer.write_table(table)
+
+
+def store_key(parts: object) -> str:
+    """The digest of everything the prepared examples depend on (data, tokenizer, template, options), 16 hex digits."""
+    return hashlib.sha256(orjson.dumps([FORMAT, parts], option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+
+
+def publish(folder: Path, sides: dict[str, Sequence[Example]], record: dict[str, object]) -> None:
+    """Make `folder` with `<side>.arrow` and `record.json`, by renaming a finished sibling: complete or absent."""
+    partial = folder.with_name(f".partial-{folder.name}-{secrets.token_hex(4)}")
+    partial.mkdir(parents=True)
+    try:
+        for side, examples in sides.items():
+            write_examples(partial / f"{side}.arrow", examples)
+        (partial / "record.json").write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2))
+        for file in partial.iterdir():
+            with file.open("rb") as f:
+                os.fsync(f.fileno())
+        if not folder.exists():
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def open_store(folder: Path) -> tuple[dict[str, ExampleStore], dict[str, object]]:
+    """The published sides and their record."""
+    sides = {file.stem: ExampleStore(file) for file in sorted(folder.glob("*.arrow"))}
+    return sides, orjson.loads((folder / "record.json").read_bytes())

@@ -1,0 +1,63 @@
+"""What was left open in a configuration, chosen: rate, epochs, batch, pack; and what a resumed run must not change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from instil.config import HARMLESS, Config, flat, load_config
+from instil.errors import Problem, UsageError
+from instil.model.adapters import default_alpha
+from instil.pack.plan import StepPlan, plan_steps
+from instil.pack.store import ExampleStore
+from instil.train.schedule import default_batch_examples, default_epochs, default_rate
+
+
+def recorded(config: Config, file: Path) -> Config:
+    """The configuration of a run that is there already: what is null takes the recorded value.
+
+    Raises UsageError naming each key that differs and would change what is learnt.
+    """
+    if not file.exists():
+        return config
+    before = flat(load_config(file).model_dump())
+    now = flat(config.model_dump())
+    problems = []
+    for key, value in now.items():
+        if value is None:
+            now[key] = before.get(key)
+        elif value != before.get(key) and not key.startswith(HARMLESS):
+            what = f"the run in {file.parent} has {before.get(key)!r}, now {value!r}"
+            problems.append(Problem(key, what, "set it back, choose another run.name, or start over with --fresh"))
+    if problems:
+        raise UsageError(*problems)
+    return load_config(None, given=now)
+
+
+def resolve(config: Config, train: ExampleStore, fitting_tokens: int, name: str) -> tuple[Config, StepPlan]:
+    """Every null chosen, and the plan of steps that follows. Explicit values stay as they are."""
+    t = config.train
+    chosen: dict[str, Any] = {
+        "run.name": name,
+        "train.lr": t.lr or default_rate(config.adapter.rank),
+        "train.epochs": t.epochs or default_epochs(len(train)),
+        "pack.tokens": config.pack.tokens or max(fitting_tokens, int(train.lengths.max())),
+    }
+    if not t.batch_tokens:
+        chosen["train.batch_examples"] = t.batch_examples or default_batch_examples(len(train))
+    if config.adapter.rank:
+        chosen["adapter.alpha"] = config.adapter.alpha or default_alpha(config.adapter.rank)
+    examples_per_target = len(train) / int(train.target_tokens.sum())
+    batch = t.batch_tokens * examples_per_target if t.batch_tokens else float(chosen["train.batch_examples"])
+    plan = plan_steps(train.lengths, batch, chosen["pack.tokens"])
+    full = load_config(None, given={**flat(config.model_dump()), **chosen})
+    if full.evaluate.every_steps is None:
+        every = max(1, round(total_steps(full, plan) / 4))
+        full = load_config(None, given={**flat(full.model_dump()), "evaluate.every_steps": every})
+    return full, plan
+
+
+def total_steps(config: Config, plan: StepPlan) -> int:
+    """Updates of the whole run: epochs * steps of an epoch, at most train.steps."""
+    steps = (config.train.epochs or 1) * plan.steps_per_epoch
+    return min(steps, config.train.steps) if config.train.steps else steps

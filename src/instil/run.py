@@ -1,0 +1,129 @@
+"""The story of a run: locate, prepare, load, plan, train, export, sum up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import torch
+from transformers import PreTrainedModel
+
+from instil.config import Config
+from instil.evaluate.likelihood import answer_loss
+from instil.folder import RunFolder, append_metrics, claim, keep_metrics_through, write_json
+from instil.model.adapters import add_lora, merged, save_adapter
+from instil.model.export import export_model, write_folder
+from instil.model.load import device_named, load_model
+from instil.model.locate import locate
+from instil.model.machine import set_up_machine
+from instil.model.memory import fitting_tokens
+from instil.pack.loader import Loader
+from instil.prepare import Prepared, data_digests, open_chat, prepare
+from instil.record import announcement, identity, refuse_changed, summary, write_record
+from instil.report.page import write_report
+from instil.resolve import recorded, resolve, total_steps
+from instil.train import checkpoint
+from instil.train.loop import LoopPlan, Progress
+from instil.train.loop import train as train_loop
+from instil.train.optim import MasterAdamW
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Whom a run tells what it does: say(line), and on_step(record of the step, steps of the run)."""
+
+    say: Callable[[str], None] = lambda line: None
+    on_step: Callable[[dict[str, Any], int], None] = lambda record, steps: None
+
+
+def train(config: Config, *, fresh: bool = False, listener: Listener | None = None) -> Path:
+    """Fine-tune as configured; returns the run folder. The same call resumes an unfinished run exactly.
+
+    fresh: move an older run of that name aside and start over.
+    Raises subclasses of InstilError (see errors.py); Stopped after a signal and a verified save.
+    """
+    tell, began = listener or Listener(), time.monotonic()
+    device, dtype = device_named(config.run.device), DTYPES[config.train.precision]
+    set_up_machine(config.run.threads)
+    model = locate(config.model, need_weights=True)
+    with claim(config, fresh=fresh) as run:
+        if run.finished:
+            tell.say(f"{run.path} is finished already; --fresh starts it over")
+            return run.path
+        config = recorded(config, run.config)
+        chat = open_chat(model.path, config.template, _began_on(run))
+        digests = data_digests(config)
+        what = identity(model, chat, digests)
+        refuse_changed(run, what)
+        data = prepare(config, model.path, chat, digests, run)
+        net = load_model(model.path, dtype=dtype if config.adapter.rank else torch.float32, device=device)
+        adapted = add_lora(net, config.adapter, model.name, config.train.seed) if config.adapter.rank else None
+        optimizer = MasterAdamW(net, dtype=dtype, weight_decay=config.train.weight_decay)
+        config, plan = resolve(config, data.train, fitting_tokens(net, dtype, device), run.path.name)
+        write_record(run, config, what, data, net)
+        steps = total_steps(config, plan)
+        for line in announcement(config, data, net, steps):
+            tell.say(line)
+        progress = _resume(run, optimizer, tell)
+        net.config.use_cache = False
+
+        def log(record: dict[str, Any]) -> None:
+            append_metrics(run.metrics, record)
+            tell.on_step(record, steps)
+
+        loader = Loader(data.train, data.train.lengths, plan, config.train.seed)
+        loop_plan, measure = _loop_plan(config, run, steps), _measure(net, data, config)
+        train_loop(net, optimizer, loader, loop_plan, progress, measure=measure, log=log, facts=what)
+        if adapted is not None:
+            write_folder(run.adapter, lambda folder: save_adapter(adapted, folder))
+            net = merged(adapted)
+        stops = [data.record["certificate"]["train"]["terminator"]["id"]]
+        export_model(net.eval(), run.model, source=model.path, template=chat.template.source, terminator_ids=stops)
+        write_json(run.summary, summary(config, progress, data, time.monotonic() - began))
+        write_report(run.path)
+        return run.path
+
+
+def _began_on(run: RunFolder) -> str | None:
+    """The date that a template saw when the run began, for templates that ask."""
+    return orjson.loads(run.manifest.read_bytes())["date"] if run.manifest.exists() else None
+
+
+def _resume(run: RunFolder, optimizer: MasterAdamW, tell: Listener) -> Progress:
+    """Put back the newest checkpoint that verifies, if there is one; the metrics after it are dropped."""
+    found = checkpoint.load_latest(run.checkpoints)
+    if found is None:
+        keep_metrics_through(run.metrics, 0)
+        return Progress()
+    state, _, damaged = found
+    for line in damaged:
+        tell.say(f"passed over: {line}")
+    optimizer.load_masters(state.weights)
+    optimizer.load_state(state.optimizer)
+    checkpoint.restore_rng(state.rng)
+    keep_metrics_through(run.metrics, state.step)
+    tell.say(f"resumed after step {state.step:,}")
+    return Progress(state.step, **state.counters)
+
+
+def _measure(net: PreTrainedModel, data: Prepared, config: Config) -> Callable[[], float] | None:
+    """The held-out loss during the run, always on the same first examples; None when nothing is held out."""
+    if data.heldout is None:
+        return None
+    some = [data.heldout[i] for i in range(min(config.evaluate.examples, len(data.heldout)))]
+    return lambda: answer_loss(net, some, pack_tokens=config.pack.tokens or 1).loss
+
+
+def _loop_plan(config: Config, run: RunFolder, steps: int) -> LoopPlan:
+    t, c = config.train, config.checkpoint
+    return LoopPlan(
+        steps=steps, peak_lr=t.lr or 0.0, schedule=t.schedule, warmup=t.warmup, clip_norm=t.clip_norm,
+        measure_every_steps=config.evaluate.every_steps or steps, save_every_steps=c.every_steps,
+        save_every_s=c.every_s, keep=c.keep, checkpoints=run.checkpoints,
+    )  # fmt: skip

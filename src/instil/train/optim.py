@@ -1,0 +1,103 @@
+"""Fused AdamW on float32 master weights, with float32 gradient sums; the model's own weights are a copy in its dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+
+
+class MasterAdamW:
+    """AdamW (Loshchilov & Hutter 2019) for the trainable parameters of a model in any dtype.
+
+    With dtype bfloat16 every trainable parameter keeps a float32 master (the loaded value, if that was float32) and
+    itself becomes a copy in that dtype; its gradient is added to the master's float32 gradient as soon as a backward has
+    made it, and freed. After an update the masters are cast into the model once. With float32 the parameters are their
+    own masters. Matrices decay by `weight_decay`, vectors (norms, biases) do not.
+    """
+
+    def __init__(self, net: nn.Module, *, dtype: torch.dtype, weight_decay: float):
+        self.parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        self.masters: dict[str, Tensor] = {}
+        for name, p in self.parameters.items():
+            self.masters[name] = p if dtype == torch.float32 else p.detach().float()
+            p.data = p.data.to(dtype)  # only parameters: buffers such as rotary frequencies stay float32
+        self._owned = [name for name, p in self.parameters.items() if self.masters[name] is not p]
+        self._fresh: set[str] = set()  # masters whose gradient already holds part of this step's sum
+        for name in self._owned:
+            self.masters[name].grad = torch.zeros_like(self.masters[name])
+            self.parameters[name].register_post_accumulate_grad_hook(self._collector(name))
+        groups: dict[float, list[Tensor]] = {weight_decay: []}
+        for master in self.masters.values():
+            groups.setdefault(weight_decay if master.dim() > 1 else 0.0, []).append(master)
+        self.adamw = torch.optim.AdamW(
+            [{"params": p, "weight_decay": d} for d, p in groups.items() if p],
+            lr=0.0, betas=BETAS, eps=EPSILON, fused=True,
+        )  # fmt: skip
+
+    def load_masters(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the masters, from a checkpoint, and cast them into the model."""
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                master.copy_(weights[name])
+        self._cast()
+
+    def zero(self) -> None:
+        """Forget the gradients; the first backward of a step overwrites the master's."""
+        self._fresh.clear()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def grad_norm(self) -> Tensor:
+        """The 2-norm of all gradients together, as a 0-d tensor."""
+        for name in self._owned:
+            if name not in self._fresh:  # took no part in this step
+                self.masters[name].grad.zero_()  # type: ignore[union-attr]
+        gradients = [m.grad for m in self.masters.values() if m.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def update(self, *, lr: float, grad_scale: float) -> None:
+        """One AdamW update with the gradients times `grad_scale`, then the masters are cast into the model."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        if grad_scale != 1.0:
+            torch._foreach_mul_([m.grad for m in self.masters.values() if m.grad is not None], grad_scale)
+        self.adamw.step()
+        self._cast()
+
+    def _cast(self) -> None:
+        with torch.no_grad():
+            for name in self._owned:
+                self.parameters[name].copy_(self.masters[name])
+
+    def _collector(self, name: str):  # type: ignore[no-untyped-def]
+        def collect(parameter: Tensor) -> None:
+            grad = self.masters[name].grad
+            if name in self._fresh:
+                grad.add_(parameter.grad)  # type: ignore[union-attr,arg-type]
+            else:
+                grad.copy_(parameter.grad)  # type: ignore[union-attr,arg-type]
+                self._fresh.add(name)
+            parameter.grad = None
+
+        return collect
+
+    def state(self) -> dict[str, Tensor]:
+        """exp_avg and exp_avg_sq of every parameter that has been updated, and the number of updates."""
+        found: dict[str, Tensor] = {}
+        for name, master in self.masters.items():
+            for key, value in self.adamw.state.get(master, {}).items():
+                found[f"{key}.{name}"] = value
+        return found
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """The reverse of `state`."""
+        for name, master in self.masters.items():
+            if f"exp_avg.{name}" in tensors:
+                self.adamw.state[master] = {
+                    key: tensors[f"{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
+                }

@@ -1,0 +1,51 @@
+"""One optimizer update: the batch's packs forward and backward, one norm, one refusal, one update."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from instil.errors import DivergedError
+from instil.train.loss import pack_loss
+from instil.train.optim import MasterAdamW
+from instil.types import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """loss: nats per target token over the whole batch; accuracy: share of targets that were the first choice."""
+
+    loss: float
+    grad_norm: float
+    accuracy: float
+    target_tokens: int
+    computed_tokens: int
+
+
+def step(net: PreTrainedModel, optimizer: MasterAdamW, batch: Batch, *, lr: float, clip_norm: float) -> StepStats:
+    """Train on one batch. Gradients are scaled to norm `clip_norm` when longer (0 = never).
+
+    Raises DivergedError, with the weights as they were, when the loss or the gradient is not finite.
+    """
+    optimizer.zero()
+    losses = []
+    for pack in batch.packs:
+        part = pack_loss(net, pack, batch.weight_sum)
+        part.share.backward()
+        losses.append(torch.stack([part.nll.double(), part.right.double()]))
+    norm = optimizer.grad_norm()
+    nll, right = torch.stack(losses).sum(0).tolist()
+    grad_norm = float(norm)
+    loss, targets = nll / batch.weight_sum, batch.target_tokens
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise DivergedError.at(
+            f"step {batch.step}",
+            f"loss {loss:.4g}, gradient norm {grad_norm:.4g}, rate {lr:g}: not finite; the update was not applied",
+            "lower train.lr, or look at the rows of this step with `instil inspect`",
+        )
+    scale = clip_norm / grad_norm if clip_norm and grad_norm > clip_norm else 1.0
+    optimizer.update(lr=lr, grad_scale=scale)
+    return StepStats(loss, grad_norm, right / targets, targets, batch.computed_tokens)
