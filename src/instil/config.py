@@ -40,7 +40,9 @@ class TrainConfig(Section):
     epochs: int | None = Field(None, ge=1, le=1000, description="passes over the data; null = 1 above 10k rows, else 2")
     steps: int | None = Field(None, ge=1, description="stop after so many steps; null = when the epochs are done")
     batch_tokens: int | None = Field(None, ge=1, description="target tokens a step, on average")
-    batch_examples: int | None = Field(None, ge=1, description="examples a step, on average; null = 8 to 128 by data size")
+    batch_examples: int | None = Field(
+        None, ge=1, description="examples a step, on average; null = 8 to 128 by data size"
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="shape of the rate after warm-up")
     warmup: Share = Field(0.03, description="share of the steps in which the rate rises")
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decay of matrices, per step and unit of rate")
@@ -56,7 +58,9 @@ class AdapterConfig(Section):
 
 
 class EvaluateConfig(Section):
-    every_steps: int | None = Field(None, ge=1, description="steps between held-out losses; null = a quarter of the run")
+    every_steps: int | None = Field(
+        None, ge=1, description="steps between held-out losses; null = a quarter of the run"
+    )
     examples: int = Field(64, ge=1, description="held-out examples measured during the run")
 
 
@@ -68,7 +72,9 @@ class CheckpointConfig(Section):
 
 class RunConfig(Section):
     dir: str = Field("runs", description="folder of run folders")
-    name: str | None = Field(None, pattern=NAME, description="the run's folder in run.dir; null = made from model and data")
+    name: str | None = Field(
+        None, pattern=NAME, description="the run's folder in run.dir; null = made from model and data"
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto = the first GPU, else the CPU")
     threads: int | None = Field(None, ge=1, le=4096, description="CPU threads; null = all cores")
 
@@ -146,7 +152,9 @@ def _validated(tree: dict[str, Any], places: Mapping[str, str]) -> Config:
 
 def _problem(error: Any, known: list[str], places: Mapping[str, str]) -> Problem:
     """One pydantic error in our words."""
-    path = [part for part in error["loc"] if isinstance(part, str) and not part.startswith(("constrained", "str", "float"))]
+    path = [
+        part for part in error["loc"] if isinstance(part, str) and not part.startswith(("constrained", "str", "float"))
+    ]
     key = ".".join(path)
     while key not in places and key not in known and "." in key and error["type"] != "extra_forbidden":
         key = key.rpartition(".")[0]

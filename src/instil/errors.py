@@ -1,13 +1,13 @@
 """What can go wrong, as exceptions: each says where, what, which value and what to do, and knows its exit code.
 
-    InstilError                 1  a bug of ours, if ever raised bare
-    ├── UsageError              2  command line or configuration
-    ├── DataError               3  the user's data
-    ├── ModelError              4  model, tokenizer
-    │   └── TemplateError       4  chat template
-    ├── MachineError            5  disk, memory, permission, lock, device
-    ├── DivergedError           6  non-finite loss or gradient
-    └── Stopped           130/143  Ctrl-C / SIGTERM, after a verified save
+InstilError                 1  a bug of ours, if ever raised bare
+├── UsageError              2  command line or configuration
+├── DataError               3  the user's data
+├── ModelError              4  model, tokenizer
+│   └── TemplateError       4  chat template
+├── MachineError            5  disk, memory, permission, lock, device
+├── DivergedError           6  non-finite loss or gradient
+└── Stopped           130/143  Ctrl-C / SIGTERM, after a verified save
 """
 
 from __future__ import annotations
@@ -103,5 +103,7 @@ def problem_lines(problems: Iterable[Problem]) -> list[str]:
         shown[problem.rule] = shown.get(problem.rule, 0) + 1
         if shown[problem.rule] <= SHOWN_PER_KIND:
             lines.append(str(problem).replace("\n", " "))
-    lines += [f"... and {n - SHOWN_PER_KIND} more of this kind ({rule})" for rule, n in shown.items() if n > SHOWN_PER_KIND]
+    lines += [
+        f"... and {n - SHOWN_PER_KIND} more of this kind ({rule})" for rule, n in shown.items() if n > SHOWN_PER_KIND
+    ]
     return lines

@@ -90,9 +90,7 @@ def _make(
         if leaked := leaks(train_rows, heldout_rows):
             raise DataError(*leaked)
     else:
-        train_rows, heldout_rows = split_heldout(
-            loaded.conversations, config.data.heldout, config.data.heldout_most
-        )
+        train_rows, heldout_rows = split_heldout(loaded.conversations, config.data.heldout, config.data.heldout_most)
     sides: dict[str, list[Example]] = {}
     entries: list[LedgerEntry] = list(dropped)
     certificates: dict[str, Any] = {}
@@ -105,7 +103,9 @@ def _make(
     if not sides["train"]:
         reasons = ", ".join(f"{rule} {n}" for rule, n in counts["dropped_by_rule"].items())
         what = f"0 of {counts['rows']} rows left to train on ({reasons or 'all held out'})"
-        raise DataError.at(", ".join(config.data.train), what, "see the reasons; raise pack.tokens or lower data.heldout")
+        raise DataError.at(
+            ", ".join(config.data.train), what, "see the reasons; raise pack.tokens or lower data.heldout"
+        )
     return sides, {"recognised": recognised, "certificate": certificates, "rows": counts}, entries
 
 
@@ -116,9 +116,7 @@ def _side(
     pairs = make_examples(rows, chat.tokenizer, chat.template)
     if pairs.problems:
         raise DataError(*pairs.problems)
-    certificate, faults = (
-        certify(pairs.examples, rows, chat.tokenizer, chat.template, digests) if rows else ({}, [])
-    )
+    certificate, faults = certify(pairs.examples, rows, chat.tokenizer, chat.template, digests) if rows else ({}, [])
     if faults:
         raise InstilError(*faults)
     by_row: dict[str, list[Example]] = defaultdict(list)
@@ -130,11 +128,13 @@ def _side(
         fit = [e for e in examples if limit is None or e.length_tokens <= limit]
         fitting += fit
         long = len(examples) - len(fit)
-        reason = f"{long} of {len(examples)} examples are longer than {limit} tokens" if long else ""
+        rule, reason = "", ""
+        if long:
+            rule, reason = "too_long", f"{long} of {len(examples)} examples are longer than {limit} tokens"
+        elif not examples:
+            rule, reason = "no_target", "every answer has weight 0"
         sums = len(fit), sum(len(e.prompt_tokens) for e in fit), sum(len(e.answer_tokens) for e in fit)
-        entries.append(
-            LedgerEntry(row.origin, "used" if fit else "dropped", side, *sums, "too_long" if long else "", reason)
-        )
+        entries.append(LedgerEntry(row.origin, "used" if fit else "dropped", side, *sums, rule, reason))
     return fitting, entries, certificate
 
 

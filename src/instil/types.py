@@ -17,15 +17,21 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message as the chat template sees it. `fields` holds what else the row gave it (name, tool_calls, ...)."""
+    """One message. `fields` holds what else the row gave it (name, tool_calls, ...), for the template to see."""
 
     role: str
     content: str
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """The mapping handed to the template."""
-        return {"role": self.role, "content": self.content, **self.fields}
+        """The mapping handed to the template: all but `weight`, which is said to us, not to a server."""
+        others = {key: value for key, value in self.fields.items() if key != "weight"}
+        return {"role": self.role, "content": self.content, **others}
+
+    @property
+    def weight(self) -> float:
+        """How much an assistant message counts as an answer: its own `weight` field, or 1; 0 = context only."""
+        return float(self.fields.get("weight", 1.0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,18 @@ def test_each_assistant_turn_is_one_example(folder):
         assert example.weights.tolist() == [1.0] * len(example.answer_tokens)
 
 
+def test_an_answer_of_weight_zero_is_context_only(chatml):
+    """weight 0 on an assistant message: in the later prompt, never a target; weight 0.5 counts half."""
+    tokenizer, template = load(chatml)
+    messages = (U("one"), Message("assistant", "not this", {"weight": 0}), U("two"),
+                Message("assistant", "this", {"weight": 0.5}))  # fmt: skip
+    (example,) = make_examples([Conversation(messages, "a:1")], tokenizer, template).examples
+    assert example.turn == 1
+    assert "not this<|im_end|>" in tokenizer.decode(example.prompt_tokens)
+    assert tokenizer.decode(example.answer_tokens) == "this<|im_end|>"
+    assert example.weights.tolist() == [0.5] * len(example.answer_tokens)
+
+
 def test_first_answer_is_in_the_second_prompt(chatml):
     """The prompt of a later turn holds the earlier answers, ended as the template ends them."""
     tokenizer, template = load(chatml)

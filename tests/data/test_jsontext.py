@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from hypothesis import example, given, settings
@@ -77,7 +78,7 @@ def test_random_bytes_raise_only_data_errors(raw):
         ('{"é": 1 "b"}'.encode(), "broken JSON at column 9: expecting ',' delimiter; fix or remove the row"),
         (b'{"a": 1} {"a": 2}', "broken JSON at column 10: extra data; fix or remove the row"),
         (b'{"a": "x', "the JSON stops in the middle of a value (column 9); finish it; a row stands on one line"),
-        (b"id,text", "not JSON at column 1; write each row as a JSON object"),
+        (b"id,text", "not JSON at column 1; write it as a JSON object"),
         (b'{"a": NaN}', "NaN is not JSON; write a finite number, or null"),
         (b'{"a": -Infinity}', "-Infinity is not JSON; write a finite number, or null"),
         (b'{"a": 1e999}', "the number 1e999 is too large; write a finite number, or null"),
@@ -113,3 +114,11 @@ def test_the_offset_of_a_foreign_byte_is_counted_from_the_start_of_the_file():
         "convert it: iconv -f WINDOWS-1252 -t UTF-8"
     )
     assert "GB18030, Shift-JIS, Big5 or binary?" in fault('{"a": "你好吗"}'.encode("gb18030"))
+
+
+def test_a_large_object_with_a_duplicate_key_is_refused_quickly():
+    """The slow path stays linear: 200,000 keys, the last one twice."""
+    keys = ",".join(f'"k{i}":0' for i in range(200_000))
+    start = time.monotonic()
+    assert "the key 'k199999' stands twice" in fault(f'{{{keys},"k199999":0}}'.encode())
+    assert time.monotonic() - start < 2

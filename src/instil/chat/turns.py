@@ -61,6 +61,7 @@ class _Turn:
     answer_text: str
     place: str  # origin and message
     turn: int
+    weight: float  # of every token of the answer
 
 
 def served_prompt(
@@ -76,7 +77,7 @@ def prompt_text(messages: Sequence[Message], template: Template, tools: Sequence
 
 
 def make_examples(conversations: Sequence[Conversation], tokenizer: Tokenizer, template: Template) -> Pairs:
-    """One example per assistant turn of each conversation, in order. All weights are 1.
+    """One example per assistant turn of each conversation, in order; every token has the weight of its message.
 
     A row with a problem gives no example at all. Raises TemplateError as soon as the template is what is wrong:
     it is refused on a fixed conversation, or no row so far could be used, all for one reason that lies in the template.
@@ -151,6 +152,8 @@ def _row_texts(
     if problems:
         return [], problems
     for turn, index in enumerate(answered):
+        if row.messages[index].weight == 0:  # context that the row does not want learnt
+            continue
         place = f"{row.origin}: messages[{index}]"
         try:
             if index == 0:
@@ -159,7 +162,7 @@ def _row_texts(
             prompt = prompt_text(row.messages[:index], template, row.tools)
             whole = template.render(row.messages[: index + 1], tools=row.tools, generation_prompt=False)
             answer = _answer_text(_appended(prompt, whole, place), row.messages[index], terminator, place)
-            turns.append(_Turn(prompt, answer, place, turn))
+            turns.append(_Turn(prompt, answer, place, turn, row.messages[index].weight))
         except InstilError as error:
             problems += [_placed(problem, place) for problem in error.problems]
     return turns, problems
@@ -287,7 +290,7 @@ def _row_examples(
             problems.append(problem)
             continue
         merged_boundaries += merged
-        weights = np.ones(len(answer), dtype=np.float32)
+        weights = np.full(len(answer), turn.weight, dtype=np.float32)
         examples.append(Example(_tokens(prompt), _tokens(answer), weights, row.origin, turn.turn, row.task))
     return examples, merged_boundaries, problems
 

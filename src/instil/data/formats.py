@@ -188,7 +188,15 @@ def _message(raw: Any, place: str) -> Message | Problem:
     content = "" if calls and raw.get("content") is None else _content(raw, "content", place)
     if isinstance(content, Problem):
         return content
-    fields = {key: value for key, value in raw.items() if key not in ("role", "content", "tool_calls")}
+    weight = raw.get("weight")
+    if weight is not None and (
+        isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e9
+    ):
+        return Problem(
+            f"{place}.weight", f"is {_shown(weight)}, not a number from 0", "write 0, 1 or a share", "weight"
+        )
+    hidden = ("role", "content", "tool_calls", *(["weight"] if weight is None else []))
+    fields = {key: value for key, value in raw.items() if key not in hidden}
     return Message(role, content, {**fields, "tool_calls": calls} if calls else fields)
 
 
@@ -338,8 +346,8 @@ def _nearest_role(role: str, allowed: tuple[str, ...]) -> str | None:
 
 def _missing_key(row: Row, key: str, format: Format) -> Problem:
     near = difflib.get_close_matches(key, map(str, row.value), n=1)
-    remedy = f"did you mean it by {near[0]!r}?" if near else "add it, or remove the row"
-    what = f"is missing; the file is {format.name} by its first row, this row has {_keys(row.value)}"
+    remedy = f"did you write it as {near[0]!r}?" if near else "add it, or remove the row"
+    what = f"is missing (keys: {_keys(row.value)}; the first row has the format {format.name})"
     return Problem(f"{row.origin}: {key}", what, remedy, "missing_field")
 
 

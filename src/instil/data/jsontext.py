@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -15,7 +16,7 @@ from instil.errors import DataError, Problem
 MAX_DEPTH = 100  # levels of nesting; tool schemas stay below 20, and json, orjson.dumps and templates all recurse
 
 _ESCAPED_COLON = re.compile(rb"\\u003[aA]")
-_CUT_VALUE = re.compile(r"t|tr|tru|f|fa|fal|fals|n|nu|nul|-|\.|[eE][+-]?|N|Na|I\w*|-I\w*|")
+_CUT_VALUE = re.compile(r"t|tr|tru|f|fa|fal|fals|n|nu|nul|-|\.|[eE][+-]?|N|Na|I\w*|-I\w*|\\?u[0-9a-fA-F]{0,4}|")
 
 
 def parse(raw: bytes, place: str, *, offset: int = 0, last: bool = False) -> Any:
@@ -69,7 +70,7 @@ def syntax_problem(text: str, error: json.JSONDecodeError, place: Callable[[int]
             'JSON takes double quotes ("); write it with json.dumps',
         )
     elif position == 0:
-        what, remedy = "not JSON at column {}", "write each row as a JSON object"
+        what, remedy = "not JSON at column {}", "write it as a JSON object"
     column = position - text.rfind("\n", 0, position)
     return Problem(place(position), what.format(column), remedy, rule)
 
@@ -98,9 +99,8 @@ def _parse_strictly(raw: bytes, place: str, offset: int, last: bool) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-            refuse(f"the key {twice!r} stands twice in one object", "keep one of them", "duplicate_key")
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            refuse(f"the key {twice[:60]!r} stands twice in one object", "keep one of them", "duplicate_key")
         return value
 
     def finite(digits: str) -> float:
@@ -126,8 +126,7 @@ def _parse_strictly(raw: bytes, place: str, offset: int, last: bool) -> Any:
     except json.JSONDecodeError as error:
         raise DataError(syntax_problem(text, error, lambda _: place, last)) from None
     except RecursionError:
-        value = None
-        too_deep = True
+        value, too_deep = None, True
     else:
         too_deep = _depth_exceeded(value)
     if too_deep:
@@ -195,6 +194,4 @@ def _ends_early(body: str, error: json.JSONDecodeError) -> bool:
     if error.msg.startswith("Extra data"):
         return False
     rest = body[error.pos :]
-    if "\\u" in error.msg:  # \u12 at the very end
-        return len(rest) < 5
     return _CUT_VALUE.fullmatch(rest) is not None

@@ -24,7 +24,7 @@ PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # relative to the 
 
 
 def device_named(name: str) -> torch.device:
-    """"auto" = the first CUDA device, else the CPU; any other name must exist here."""
+    """ "auto" = the first CUDA device, else the CPU; any other name must exist here."""
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     present = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -73,7 +73,9 @@ def refuse_recurrent(config: Any, place: object) -> None:
     """Refuse, by name, models in which tokens meet outside attention (linear attention, state spaces, convolutions)."""
     text = config.get_text_config()
     kinds = {str(config.model_type), str(text.model_type), *map(str, getattr(text, "layer_types", None) or ())}
-    kinds |= {name for name in ("ssm_cfg", "mamba_d_state", "conv_L_cache", "linear_num_key_heads") if hasattr(text, name)}
+    kinds |= {
+        name for name in ("ssm_cfg", "mamba_d_state", "conv_L_cache", "linear_num_key_heads") if hasattr(text, name)
+    }
     words = (*RECURRENT, "ssm", "conv", "linear_num")
     for kind in sorted(kinds):
         if any(word in kind.lower() for word in words):

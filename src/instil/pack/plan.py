@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -86,31 +87,40 @@ class StepPlan:
 def plan_steps(lengths: Indices, batch_examples: float, limit_tokens: int) -> StepPlan:
     """Choose the pack capacity and the number of steps of an epoch so that a step holds `batch_examples` on average.
 
-    limit_tokens: the largest pack that fits the machine. A batch of t = batch_examples * mean(length) tokens is laid out
-    as ceil(t / limit) equal packs. Packs are never cut, so a single step may hold a few examples more or less; its loss
-    is divided by what it holds, exactly.
+    limit_tokens: the largest pack that fits the machine. The batch of t = batch_examples * mean(length) tokens is laid
+    out as k = ceil(t / limit) packs; the capacity is the least at which all examples fit into steps * k packs, so that
+    packs are even and no step is left with a remainder. Packs are never cut, so a step may hold a few examples more or
+    less than the mean; its loss is divided by what it holds, exactly.
     """
     steps = max(1, round(len(lengths) / batch_examples))
     tokens_per_step = int(lengths.sum()) / steps
-    packs_per_step = max(1, int(np.ceil(tokens_per_step / limit_tokens)))
-    capacity = max(1, int(np.ceil(tokens_per_step / packs_per_step)))
-    packs = len(plan_packs(lengths, capacity, np.arange(len(lengths))))  # the same in every epoch: equal histograms
+    wanted = steps * max(1, math.ceil(tokens_per_step / limit_tokens))
+    capacity = max(1, math.ceil(int(lengths.sum()) / wanted))
+    packs = _count(lengths, capacity)
+    while packs > wanted and capacity < limit_tokens:
+        capacity = min(limit_tokens, capacity + max(1, capacity // 200))
+        packs = _count(lengths, capacity)
     return StepPlan(capacity, packs, min(steps, packs))
 
 
-def shuffled(n: int, *key: int) -> Indices:
+def _count(lengths: Indices, capacity_tokens: int) -> int:
+    """Packs of an epoch: the same in every epoch, since the histogram is."""
+    values, counts = np.unique(lengths, return_counts=True)
+    return sum(n for _, n in _fill(values[::-1].tolist(), counts[::-1].tolist(), capacity_tokens))
+
+
+def shuffled(n: int, key: tuple[int, int]) -> Indices:
     """A permutation of n, a pure function of the key on every machine and numpy version.
 
     The order of the raw 64-bit outputs of Philox (Salmon et al. 2011), whose stream numpy guarantees.
     """
-    first, second = (*key, 0)[:2]
-    return np.argsort(np.random.Philox(key=[first, second]).random_raw(n), kind="stable")
+    return np.argsort(np.random.Philox(key=np.array(key, np.uint64)).random_raw(n), kind="stable")
 
 
 def epoch_packs(lengths: Indices, plan: StepPlan, seed: int, epoch: int) -> list[list[Indices]]:
     """The packs of each step of an epoch, a pure function of (lengths, plan, seed, epoch); no step is empty."""
-    packs = plan_packs(lengths, plan.capacity_tokens, shuffled(len(lengths), seed, epoch))
-    order = shuffled(len(packs), seed, -1 - epoch & 0xFFFFFFFFFFFFFFFF)
+    packs = plan_packs(lengths, plan.capacity_tokens, shuffled(len(lengths), (seed, 2 * epoch)))
+    order = shuffled(len(packs), (seed, 2 * epoch + 1))
     steps = plan.steps_per_epoch
     cuts = [round(i * len(packs) / steps) for i in range(steps + 1)]
     return [[packs[j] for j in order[a:b]] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]

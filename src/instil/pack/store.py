@@ -79,7 +79,9 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
     def ragged(arrays: list[np.ndarray], kind: pa.DataType) -> pa.Array:
         offsets = np.concatenate([[0], np.cumsum([len(a) for a in arrays], dtype=np.int64)]).astype(np.int64)
         values = np.concatenate(arrays) if arrays else np.zeros(0)
-        return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values.astype(kind.to_pandas_dtype())))
+        return pa.LargeListArray.from_arrays(
+            pa.array(offsets, pa.int64()), pa.array(values.astype(kind.to_pandas_dtype()))
+        )
 
     columns = [
         ragged([e.prompt_tokens for e in examples], pa.int32()),
@@ -110,8 +112,11 @@ def publish(folder: Path, sides: dict[str, Sequence[Example]], record: dict[str,
         for file in partial.iterdir():
             with file.open("rb") as f:
                 os.fsync(f.fileno())
-        if not folder.exists():
+        try:
             partial.rename(folder)
+        except OSError:
+            if not (folder / "record.json").is_file():
+                raise  # else somebody was first, with the same key and so the same content
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -65,10 +65,14 @@ def save(folder: Path, state: TrainState, facts: Mapping[str, Any], *, keep: int
         _sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise MachineError.at(final, f"not saved: {error}", "free some space; older checkpoints are untouched") from error
+        raise MachineError.at(
+            final, f"not saved: {error}", "free some space; older checkpoints are untouched"
+        ) from error
     problem = verify(final)
     if problem:
-        raise MachineError.at(final, f"does not read back: {problem}", "check the disk; older checkpoints are untouched")
+        raise MachineError.at(
+            final, f"does not read back: {problem}", "check the disk; older checkpoints are untouched"
+        )
     for old in [f for f in _newest_first(folder) if f != final][max(0, keep - 1) :]:
         _discard(old)
     return final

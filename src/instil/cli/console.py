@@ -1,0 +1,116 @@
+"""What every verb shares: text to people on stderr, errors as lines, progress with ETA, JSON alone on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import typer
+
+from instil.errors import InstilError
+
+
+def say(line: str) -> None:
+    """One line to people."""
+    print(_printable(line), file=sys.stderr, flush=True)
+
+
+def put(text: str) -> None:
+    """A result to stdout."""
+    print(_printable(text), flush=True)
+
+
+def put_json(value: Any) -> None:
+    """One JSON document to stdout."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=float) + "\n")
+    sys.stdout.flush()
+
+
+def _printable(text: str) -> str:
+    """Control characters from data escaped, so that no row can drive the terminal; and what the encoding lacks."""
+    safe = "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    encoding = sys.stderr.encoding or "ascii"
+    return safe.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def fail(error: InstilError) -> NoReturn:
+    """An InstilError as its lines, and its exit code."""
+    for line in error.lines():
+        say(line)
+    raise typer.Exit(error.exit_code)
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Turn what instil raises into lines and exit codes; a bug of ours keeps its traceback and exits 1."""
+    try:
+        yield
+    except InstilError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        say("stopped by Ctrl-C; the last checkpoint is untouched")
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        raise typer.Exit(0) from None
+    except MemoryError:
+        say("memory: not enough for this; use a smaller model, pack.tokens or batch, or adapter.rank")
+        raise typer.Exit(5) from None
+    except OSError as error:
+        say(f"{error.filename or 'machine'}: {error.strerror or error}; free the resource and run again")
+        raise typer.Exit(5) from None
+
+
+def step_printer() -> Callable[[dict[str, Any], int], None]:
+    """on_step for a run: on a terminal one line that is rewritten, else a line every 10 s and at the end."""
+    live = sys.stderr.isatty()
+    state = {"last": 0.0, "began": time.monotonic(), "first": 0, "targets": 0, "loss": None}
+
+    def on_step(record: dict[str, Any], steps: int) -> None:
+        now, step = time.monotonic(), record["step"]
+        if not state["first"]:
+            state["first"], state["began"] = step, now - record["seconds"]
+        state["targets"] += record["target_tokens"]
+        loss = record["loss"]
+        state["loss"] = loss if state["loss"] is None else 0.9 * state["loss"] + 0.1 * loss
+        gone = now - state["began"]
+        left = gone / (step - state["first"] + 1) * (steps - step)
+        line = (
+            f"step {step:,}/{steps:,}  loss {state['loss']:.4f}  {state['targets'] / gone:,.0f} target tokens/s  "
+            f"{duration(gone)} gone, {duration(left)} left"
+        )
+        heldout = record.get("heldout_loss")
+        if heldout is not None:
+            line += f"  held-out loss {heldout:.4f}"
+        done = step == steps
+        if live:
+            print(f"\r\x1b[2K{line}", end="\n" if done or heldout is not None else "", file=sys.stderr, flush=True)
+        elif done or heldout is not None or now - state["last"] >= 10:
+            state["last"] = now
+            say(line)
+
+    return on_step
+
+
+def counter(what: str) -> Callable[[int, int], None]:
+    """A progress callback (done, all): a rewritten line on a terminal, nothing elsewhere."""
+    began = time.monotonic()
+
+    def tick(done: int, whole: int) -> None:
+        if sys.stderr.isatty():
+            left = (time.monotonic() - began) / max(1, done) * (whole - done)
+            end = "\n" if done >= whole else ""
+            print(f"\r\x1b[2K{what} {done:,}/{whole:,}, {duration(left)} left", end=end, file=sys.stderr, flush=True)
+
+    return tick
+
+
+def duration(seconds: float) -> str:
+    """7 s, 3 min 05 s, 2 h 10 min."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    return f"{s // 60} min {s % 60:02d} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02d} min"

@@ -1,0 +1,153 @@
+"""A model or run measured on rows: the answers' loss, and their answers scored by exact rules."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from instil.chat.turns import make_examples
+from instil.data.mixture import load_conversations
+from instil.errors import DataError, UsageError
+from instil.evaluate.generate import Sampling, generate
+from instil.evaluate.likelihood import answer_loss
+from instil.evaluate.tasks import TaskSummary, score, summarise
+from instil.folder import Named, named
+from instil.model.load import device_named, load_model
+from instil.model.machine import set_up_machine
+from instil.pack.store import open_store
+from instil.prepare import Chat, open_chat
+from instil.types import Example
+
+ALL = "all"  # the summary over every task
+PACK_TOKENS = 1024  # of a forward pass without gradient
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model to talk to: weights, tokenizer and template, and the tokens that end an answer."""
+
+    net: PreTrainedModel
+    chat: Chat
+    stop_ids: tuple[int, ...]
+
+
+def open_model(name: str, *, device: str = "auto", template: str | None = None, base: bool = False) -> Ready:
+    """Load the model that `name` (a run folder, or M) stands for, in bfloat16; base: the model the run began from."""
+    set_up_machine(None)
+    found = named(name, need_weights=True)
+    if base:
+        if found.base is None:
+            raise UsageError.at("--base", f"{name} is a model, not a run: it has no base", "name a run folder")
+        found = named(found.base, need_weights=True)
+    net = load_model(found.folder.path, dtype=torch.bfloat16, device=device_named(device))
+    chat = open_chat(found.folder.path, template)
+    from_config = net.generation_config.eos_token_id if net.generation_config else None
+    known = from_config if isinstance(from_config, list) else [from_config]
+    from instil.chat.turns import find_terminator
+
+    stops = dict.fromkeys(
+        [find_terminator(chat.template, chat.tokenizer).token_id, *(i for i in known if i is not None)]
+    )
+    return Ready(net, chat, tuple(stops))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One held-out example answered: what was expected, what the model said, whether that is exactly right."""
+
+    origin: str
+    task: str
+    expected: str
+    answer: str
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss: nats per target token; tasks: by the rows' own `task`, and "all"; answers: one per generated example."""
+
+    model: str
+    examples: int
+    target_tokens: int
+    loss: float
+    accuracy: float
+    tasks: dict[str, TaskSummary]
+    answers: list[Answer]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        found = asdict(self)
+        for task, summary in self.tasks.items():
+            found["tasks"][task]["exact_share"] = summary.exact_share
+        return found
+
+
+def evaluate(
+    model: str,
+    data: str | None = None,
+    *,
+    template: str | None = None,
+    base: bool = False,
+    rows: int | None = None,
+    sampling: Sampling | None = None,
+    device: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure a run or model on the last answer of each row of `data` (default: the run's own held-out rows).
+
+    The loss covers every answer; the exact rules (evaluate/tasks.py) score the generated last answer of each row.
+    rows: only so many, from the start. progress: called with (answers made, answers to make).
+    """
+    began = time.monotonic()
+    found = named(model, need_weights=False)
+    ready = open_model(model, device=device, template=template, base=base)
+    examples = _examples(found, ready.chat, data)
+    last = list({example.origin: example for example in examples}.values())[:rows]
+    chosen = {example.origin for example in last}
+    examples = [example for example in examples if example.origin in chosen]
+    loss = answer_loss(ready.net, examples, pack_tokens=PACK_TOKENS)
+    sampling = sampling or Sampling(max_tokens=max(16, 2 * max(len(e.answer_tokens) for e in last)))
+    tick = (lambda n: progress(n, len(last))) if progress else None
+    made = generate(
+        ready.net, [e.prompt_tokens for e in last], stop_ids=ready.stop_ids, sampling=sampling, progress=tick
+    )
+    decode = ready.chat.tokenizer.decode
+    answers, scores = [], {}
+    for example, tokens in zip(last, made, strict=True):
+        expected, said = (decode(_unended(t, ready.stop_ids), False) for t in (example.answer_tokens.tolist(), tokens))
+        result = score(said, expected)
+        answers.append(Answer(example.origin, example.task, expected, said, result.exact))
+        scores.setdefault(example.task or "rows", []).append(result)
+    if len(scores) > 1:
+        scores[ALL] = [one for group in scores.values() for one in group]
+    return Evaluation(
+        model, len(examples), loss.target_tokens, loss.loss, loss.accuracy, summarise(scores), answers,
+        time.monotonic() - began,
+    )  # fmt: skip
+
+
+def _unended(tokens: Sequence[int], stop_ids: Sequence[int]) -> Sequence[int]:
+    """Without the token that ends the answer."""
+    return tokens[:-1] if tokens and tokens[-1] in stop_ids else tokens
+
+
+def _examples(found: Named, chat: Chat, data: str | None) -> list[Example]:
+    """From a file, or the run's held-out side as it was prepared."""
+    if data is not None:
+        pairs = make_examples(load_conversations([data]).conversations, chat.tokenizer, chat.template)
+        if pairs.problems:
+            raise DataError(*pairs.problems)
+        return pairs.examples
+    if found.run is None:
+        raise UsageError.at("--data", "a model has no held-out rows of its own", "give --data FILE")
+    stores = [f for f in sorted(found.run.packs.iterdir()) if f.is_dir() and not f.name.startswith(".")]
+    heldout = open_store(max(stores, key=lambda f: f.stat().st_mtime))[0]["heldout"] if stores else []
+    if not len(heldout):
+        raise UsageError.at(found.run.path, "this run held no rows out", "give --data FILE")
+    return list(heldout)
