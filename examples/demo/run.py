@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import orjson
-from data import write
 
 import instil
+from data import write
 from instil.cli.console import counter, duration, errors, put, say, step_printer
 from instil.cli.evaluate import table
 from instil.evaluate.tasks import TaskSummary

@@ -139,7 +139,8 @@ def _validated(tree: dict[str, Any], places: Mapping[str, str]) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        known, found = list(keys()), {}
+        known = list(keys())
+        found: dict[str, Problem] = {}
         for e in error.errors():
             problem = _problem(e, known, places)
             found.setdefault(problem.place, problem)

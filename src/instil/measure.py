@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from instil.chat.turns import make_examples
+from instil.chat.turns import find_terminator, make_examples
 from instil.data.mixture import load_conversations
 from instil.errors import DataError, UsageError
 from instil.evaluate.generate import Sampling, generate
 from instil.evaluate.likelihood import answer_loss
-from instil.evaluate.tasks import TaskSummary, score, summarise
+from instil.evaluate.tasks import Score, TaskSummary, score, summarise
 from instil.folder import Named, named
 from instil.model.load import device_named, load_model
 from instil.model.machine import set_up_machine
@@ -48,8 +48,6 @@ def open_model(name: str, *, device: str = "auto", template: str | None = None, 
     chat = open_chat(found.folder.path, template)
     from_config = net.generation_config.eos_token_id if net.generation_config else None
     known = from_config if isinstance(from_config, list) else [from_config]
-    from instil.chat.turns import find_terminator
-
     stops = dict.fromkeys(
         [find_terminator(chat.template, chat.tokenizer).token_id, *(i for i in known if i is not None)]
     )
@@ -118,7 +116,8 @@ def evaluate(
         ready.net, [e.prompt_tokens for e in last], stop_ids=ready.stop_ids, sampling=sampling, progress=tick
     )
     decode = ready.chat.tokenizer.decode
-    answers, scores = [], {}
+    answers: list[Answer] = []
+    scores: dict[str, list[Score]] = {}
     for example, tokens in zip(last, made, strict=True):
         expected, said = (decode(_unended(t, ready.stop_ids), False) for t in (example.answer_tokens.tolist(), tokens))
         result = score(said, expected)

@@ -19,8 +19,8 @@ from instil.config import Config
 from instil.data.ledger import LedgerEntry, Side, ledger_counts, write_ledger
 from instil.data.mixture import Loaded, leaks, load_conversations, split_heldout
 from instil.data.sources import file_digest
-from instil.folder import RunFolder
 from instil.errors import DataError, InstilError, Problem
+from instil.folder import RunFolder
 from instil.model.locate import locate
 from instil.pack.store import ExampleStore, open_store, publish, store_key
 from instil.types import Conversation, Example

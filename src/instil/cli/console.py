@@ -67,7 +67,7 @@ def errors() -> Iterator[None]:
 def step_printer() -> Callable[[dict[str, Any], int], None]:
     """on_step for a run: on a terminal one line that is rewritten, else a line every 10 s and at the end."""
     live = sys.stderr.isatty()
-    state = {"last": 0.0, "began": time.monotonic(), "first": 0, "targets": 0, "loss": None}
+    state: dict[str, Any] = {"last": 0.0, "began": time.monotonic(), "first": 0, "targets": 0, "loss": None}
 
     def on_step(record: dict[str, Any], steps: int) -> None:
         now, step = time.monotonic(), record["step"]

@@ -42,7 +42,7 @@ def evaluate(
                     rows=rows,
                     sampling=sampling,
                     progress=counter("answers"),
-                )  # fmt: skip
+                )
             )
         if json:
             put_json({"base": found[0].as_dict(), "tuned": found[1].as_dict()} if base else found[0].as_dict())

@@ -83,7 +83,7 @@ def _batch(
         eos_token_id=list(stop_ids),
         pad_token_id=stop_ids[0],
     )
-    found: Any = net.generate(
+    found: Any = net.generate(  # type: ignore[operator]
         inputs=tokens.to(device), attention_mask=seen.to(device), generation_config=config, streamer=streamer
     )
     return [_until_stop(row[longest:].tolist(), set(stop_ids)) for row in found]

@@ -21,9 +21,12 @@ def default_alpha(rank: int) -> float:
 class Lora(Protocol):
     """What an adapter is made from; the configuration's section has it."""
 
-    rank: int
-    alpha: float | None
-    targets: list[str]
+    @property
+    def rank(self) -> int: ...
+    @property
+    def alpha(self) -> float | None: ...
+    @property
+    def targets(self) -> list[str]: ...
 
 
 def add_lora(net: PreTrainedModel, lora: Lora, name: str, seed: int) -> PeftModel:
@@ -40,7 +43,7 @@ def add_lora(net: PreTrainedModel, lora: Lora, name: str, seed: int) -> PeftMode
     torch.manual_seed(seed)
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha or default_alpha(lora.rank),
+        lora_alpha=lora.alpha or default_alpha(lora.rank),  # type: ignore[arg-type]  # peft divides, floats do
         target_modules=list(lora.targets) if lora.targets else "all-linear",
         base_model_name_or_path=name,
         task_type="CAUSAL_LM",
@@ -52,7 +55,7 @@ def add_lora(net: PreTrainedModel, lora: Lora, name: str, seed: int) -> PeftMode
 
 def save_adapter(adapted: PeftModel, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors."""
-    adapted.save_pretrained(folder, safe_serialization=True)
+    adapted.save_pretrained(str(folder), safe_serialization=True)
 
 
 def merged(adapted: PeftModel) -> PreTrainedModel:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
 from instil.errors import MachineError, ModelError
 from instil.model.attention import attention, layout_of
@@ -54,7 +54,8 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device, probe:
     if not net._can_set_attn_implementation():
         what = f"{type(net).__name__} does not let its attention be chosen, so packs cannot be isolated"
         raise ModelError.at(folder, what, "use a model class with transformers' attention interface")
-    net.to(device).eval()
+    net.to(device)  # type: ignore[arg-type]
+    net.eval()
     net.set_attn_implementation("instil_loop")
     if probe:
         probe_isolation(net, folder)
@@ -90,7 +91,7 @@ def probe_isolation(net: PreTrainedModel, place: object) -> None:
 
     The reference is the model itself on each document alone, with its own SDPA attention and its own logits.
     """
-    vocabulary = int(net.get_input_embeddings().weight.shape[0])
+    vocabulary = int(net.get_input_embeddings().weight.shape[0])  # type: ignore[index,union-attr]
     first, second = (np.random.Philox(key=[7, n]).random_raw(n).astype(np.uint64) % vocabulary for n in (5, 7))
     device = next(net.parameters()).device
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -123,4 +124,4 @@ def epoch_packs(lengths: Indices, plan: StepPlan, seed: int, epoch: int) -> list
     order = shuffled(len(packs), (seed, 2 * epoch + 1))
     steps = plan.steps_per_epoch
     cuts = [round(i * len(packs) / steps) for i in range(steps + 1)]
-    return [[packs[j] for j in order[a:b]] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [[packs[j] for j in order[a:b]] for a, b in itertools.pairwise(cuts)]

@@ -6,7 +6,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +101,7 @@ def store_key(parts: object) -> str:
     return hashlib.sha256(orjson.dumps([FORMAT, parts], option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
-def publish(folder: Path, sides: dict[str, Sequence[Example]], record: dict[str, object]) -> None:
+def publish(folder: Path, sides: Mapping[str, Sequence[Example]], record: dict[str, object]) -> None:
     """Make `folder` with `<side>.arrow` and `record.json`, by renaming a finished sibling: complete or absent."""
     partial = folder.with_name(f".partial-{folder.name}-{secrets.token_hex(4)}")
     partial.mkdir(parents=True)

@@ -31,7 +31,7 @@ class TrainState:
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     rng: Mapping[str, Tensor]
-    counters: Mapping[str, float]
+    counters: Mapping[str, Any]
 
 
 def checkpoint_name(step: int) -> str:
@@ -110,7 +110,7 @@ def load_latest(folder: Path) -> tuple[TrainState, dict[str, Any], list[str]] | 
 
     None if there has never been one. Raises MachineError if there are some and all are damaged: never a silent restart.
     """
-    damaged = []
+    damaged: list[str] = []
     for checkpoint in _newest_first(folder):
         problem = verify(checkpoint)
         if problem is None:
