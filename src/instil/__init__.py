@@ -10,7 +10,9 @@ Everything is imported on first use, so that `import instil` costs nothing.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -44,3 +46,14 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'instil' has no attribute {name!r}")
     return getattr(import_module(f"instil.{_HOMES[name]}"), name)
+
+
+class _Root(ModuleType):
+    """`instil.train` and `instil.evaluate` stay the functions when Python binds the folders of those names here."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Root

@@ -159,6 +159,8 @@ def _problem(error: Any, known: list[str], places: Mapping[str, str]) -> Problem
     key = ".".join(path)
     while key not in places and key not in known and "." in key and error["type"] != "extra_forbidden":
         key = key.rpartition(".")[0]
+    if error["type"] == "extra_forbidden":  # of an unknown section, its first key says more
+        key = next((k for k in places if k.startswith(f"{key}.")), key)
     place = _place(key, places)
     if error["type"] == "extra_forbidden":
         return Problem(place, "unknown key", f"did you mean {nearest_key(key, known)}?", "unknown key")
@@ -225,7 +227,9 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError.at(file, f"cannot be read ({error.strerror})", "check the path") from None
+        override = "an override is written section.key=value, for instance train.lr=2e-5"
+        remedy = "check the path" if file.suffix in (".yaml", ".yml") else override
+        raise UsageError.at(file, f"cannot be read ({error.strerror})", remedy) from None
     except UnicodeDecodeError:
         raise UsageError.at(file, "is not UTF-8 text", "save it as UTF-8") from None
     try:

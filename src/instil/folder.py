@@ -8,10 +8,11 @@ import hashlib
 import os
 import platform
 import re
+import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -86,13 +87,15 @@ def run_name(config: Config) -> str:
     shaping = {k: v for k, v in flat(config.model_dump()).items() if not k.startswith(HARMLESS)}
     digest = hashlib.sha256(orjson.dumps(shaping, option=orjson.OPT_SORT_KEYS)).hexdigest()[:6]
     words = [Path(config.model.rstrip("/")).name, Path(config.data.train[0]).name.split(".")[0]]
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{'-'.join(words)}"[:50]).strip("-._") + f"-{digest}"
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words)[:50]).strip("-._")
+    return f"{slug or 'run'}-{digest}"  # a name in another script leaves no slug
 
 
 @contextlib.contextmanager
 def claim(config: Config, *, fresh: bool) -> Iterator[RunFolder]:
     """Open the run's folder for one writer. fresh: an older run of that name is moved aside, not deleted.
 
+    A run that fails before it has a manifest leaves nothing: what this call made is removed, what it moved is put back.
     Raises UsageError for a folder with files that are not a run's, MachineError when another process holds it.
     """
     run = RunFolder(Path(config.run.dir) / run_name(config))
@@ -100,28 +103,52 @@ def claim(config: Config, *, fresh: bool) -> Iterator[RunFolder]:
         raise UsageError.at("run.dir", f"{run.path} is a file", "choose another run.dir or run.name")
     if run.path.is_dir() and any(run.path.iterdir()) and not (run.path / "run.lock").is_file():
         raise UsageError.at("run.dir", f"{run.path} holds files that are not a run's", "choose another run.name")
+    made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
+    aside = None
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(_locked(run.path))
+        if fresh and (run.finished or run.config.exists()):
+            aside = run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+            run.path.rename(aside)
+            locks.enter_context(_locked(run.path))
+        try:
+            yield run
+        except BaseException:
+            if not run.manifest.exists():
+                _take_back(run.path, made, aside)
+            raise
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make `folder` where it is absent, and hold its run.lock, which tells others by whom it is held."""
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        handle = (run.path / "run.lock").open("a+", encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / "run.lock").open("a+", encoding="utf-8")
     except OSError as error:
-        raise MachineError.at(run.path, f"cannot be written ({error.strerror})", "choose another run.dir") from error
+        raise MachineError.at(folder, f"cannot be written ({error.strerror})", "choose another run.dir") from error
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             handle.seek(0)
             holder = handle.read().strip() or "another process"
-            raise MachineError.at(run.path, f"is in use by {holder}", "wait for it, or stop it") from None
-        if fresh and (run.finished or run.config.exists()):
-            aside = run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-            run.path.rename(aside)
-            run.path.mkdir()
-            handle = (run.path / "run.lock").open("a+", encoding="utf-8")
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            raise MachineError.at(folder, f"is in use by {holder}", "wait for it, or stop it") from None
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         handle.flush()
-        yield run
+        yield
+
+
+def _take_back(folder: Path, made: Sequence[Path], aside: Path | None) -> None:
+    """Undo a claim. made: the folders that it made, the innermost first; aside: where it moved the older run."""
+    if aside is not None or folder in made:
+        shutil.rmtree(folder, ignore_errors=True)
+    if aside is not None:
+        aside.rename(folder)
+    for outer in made[1:]:
+        with contextlib.suppress(OSError):  # meanwhile somebody else put something into it
+            outer.rmdir()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -111,6 +111,7 @@ def evaluate(
     examples = [example for example in examples if example.origin in chosen]
     loss = answer_loss(ready.net, examples, pack_tokens=PACK_TOKENS)
     sampling = sampling or Sampling(max_tokens=max(16, 2 * max(len(e.answer_tokens) for e in last)))
+    torch.manual_seed(0)  # for sampled answers
     tick = (lambda n: progress(n, len(last))) if progress else None
     made = generate(
         ready.net, [e.prompt_tokens for e in last], stop_ids=ready.stop_ids, sampling=sampling, progress=tick

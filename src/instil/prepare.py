@@ -201,5 +201,5 @@ def check(data: Sequence[str], model: str, template: str | None = None) -> Check
     problems = (*pairs.problems, *faults)
     rows = len(loaded.conversations) + len(loaded.dropped)
     certificate["dropped_rows"] = {entry.origin: entry.rule for entry in loaded.dropped}
-    exit_code = 3 if pairs.problems else 1 if faults else 0
+    exit_code = 3 if pairs.problems else 4 if faults else 0
     return Checked(not problems, rows, len(kept), problems, tokens, certificate, exit_code)

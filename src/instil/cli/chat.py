@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from instil.cli.console import errors, say
+from instil.report.escape import visible_lines
 
 
 def register(app: typer.Typer) -> None:
@@ -60,7 +61,6 @@ def _read() -> str | None:
 def _answer(ready: Any, messages: list[Any], sampling: Any) -> str:
     """Generate after the served prompt, printing text as it becomes whole characters; returns the answer."""
     from instil.chat.turns import served_prompt
-    from instil.cli.console import _printable
     from instil.evaluate.generate import stream
 
     tokens: list[int] = []
@@ -73,11 +73,11 @@ def _answer(ready: Any, messages: list[Any], sampling: Any) -> str:
         tokens.append(token)
         text = ready.chat.tokenizer.decode(tokens, False)
         if not text.endswith("\ufffd"):
-            print(_printable(text[shown:]), end="", flush=True)
+            print(visible_lines(text[shown:]), end="", flush=True)
             shown = len(text)
 
     prompt = served_prompt(messages, ready.chat.tokenizer, ready.chat.template)
     stream(ready.net, prompt, stop_ids=ready.stop_ids, sampling=sampling, emit=emit)
     text = ready.chat.tokenizer.decode(tokens, False)
-    print(_printable(text[shown:]), flush=True)
+    print(visible_lines(text[shown:]), flush=True)
     return text

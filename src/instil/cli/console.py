@@ -12,29 +12,23 @@ from typing import Any, NoReturn
 import typer
 
 from instil.errors import InstilError
+from instil.report.escape import visible_lines
 
 
 def say(line: str) -> None:
     """One line to people."""
-    print(_printable(line), file=sys.stderr, flush=True)
+    print(visible_lines(line), file=sys.stderr, flush=True)
 
 
 def put(text: str) -> None:
     """A result to stdout."""
-    print(_printable(text), flush=True)
+    print(visible_lines(text), flush=True)
 
 
 def put_json(value: Any) -> None:
     """One JSON document to stdout."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, default=float) + "\n")
     sys.stdout.flush()
-
-
-def _printable(text: str) -> str:
-    """Control characters from data escaped, so that no row can drive the terminal; and what the encoding lacks."""
-    safe = "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    encoding = sys.stderr.encoding or "ascii"
-    return safe.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def fail(error: InstilError) -> NoReturn:
@@ -96,14 +90,16 @@ def step_printer() -> Callable[[dict[str, Any], int], None]:
 
 
 def counter(what: str) -> Callable[[int, int], None]:
-    """A progress callback (done, all): a rewritten line on a terminal, nothing elsewhere."""
+    """A progress callback (done, all): a rewritten line on a terminal, a line each time elsewhere."""
     began = time.monotonic()
 
     def tick(done: int, whole: int) -> None:
+        left = (time.monotonic() - began) / max(1, done) * (whole - done)
+        line = f"{what} {done:,}/{whole:,}, {duration(left)} left"
         if sys.stderr.isatty():
-            left = (time.monotonic() - began) / max(1, done) * (whole - done)
-            end = "\n" if done >= whole else ""
-            print(f"\r\x1b[2K{what} {done:,}/{whole:,}, {duration(left)} left", end=end, file=sys.stderr, flush=True)
+            print(f"\r\x1b[2K{line}", end="\n" if done >= whole else "", file=sys.stderr, flush=True)
+        else:
+            say(line)
 
     return tick
 

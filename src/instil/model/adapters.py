@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Protocol
 
@@ -45,17 +46,19 @@ def add_lora(net: PreTrainedModel, lora: Lora, name: str, seed: int) -> PeftMode
         r=lora.rank,
         lora_alpha=lora.alpha or default_alpha(lora.rank),  # type: ignore[arg-type]  # peft divides, floats do
         target_modules=list(lora.targets) if lora.targets else "all-linear",
-        base_model_name_or_path=name,
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(net, config, autocast_adapter_dtype=False)  # bf16 copies; our masters are fp32
-    adapted.peft_config["default"].base_model_name_or_path = name
+    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 by a name that goes in v6
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        adapted = get_peft_model(net, config, autocast_adapter_dtype=False)  # bf16 copies; our masters are fp32
+    adapted.peft_config["default"].base_model_name_or_path = name  # given before, peft would warn that it renames it
     return adapted
 
 
 def save_adapter(adapted: PeftModel, folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors."""
-    adapted.save_pretrained(str(folder), safe_serialization=True)
+    # "auto", the default for embedding layers, asks the hub about the base model; none of ours are adapted
+    adapted.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
 
 
 def merged(adapted: PeftModel) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Line charts without a chart library: series in, the geometry of an SVG out (axes with nice numbers, bounded paths)."""
+"""Line charts without a chart library: series in, an SVG's geometry out (nice ticks, bounded paths)."""
 
 from __future__ import annotations
 
@@ -90,79 +90,71 @@ def draw(
     zero: the y axis begins at 0. log: it may be logarithmic, and is where LOG_FROM says so.
     """
     marks = dict(sorted((dots or {}).items()))
-    ys = np.concatenate([np.array(list(marks.values()), float), *(line.y for line in lines)])
-    xs = np.concatenate([np.array(list(marks), float), *(line.x for line in lines)])
+    dot_x, dot_y = np.array(list(marks), float), np.array(list(marks.values()), float)
+    xs = np.concatenate([dot_x, *(line.x for line in lines)])
+    ys = np.concatenate([dot_y, *(line.y for line in lines)])
     if not len(ys):
         return None
-    logarithmic = log and ys.min() > 0 and ys.max() / ys.min() >= LOG_FROM
-    values = np.log10(ys) if logarithmic else ys
-    y_at = log_ticks(values.min(), values.max()) if logarithmic else nice_ticks(*_range(values, zero), widen=True)
-    x_at = [
-        t
-        for t in nice_ticks(float(xs.min()), max(float(xs.max()), float(xs.min()) + 1), most=size.most_x_ticks)
-        if t == round(t)
-    ]
-    bounds = (min(values.min(), y_at[0]), max(values.max(), y_at[-1])) if logarithmic else (y_at[0], y_at[-1])
     x_scale = _Scale(float(xs.min()), float(xs.max()), size.left, size.width - size.right)
-    y_scale = _Scale(float(bounds[0]), float(bounds[1]), size.height - size.bottom, size.top)
-
-    def y_of(y: Float64) -> Float64:
-        return y_scale.at(np.log10(y) if logarithmic else y)
-
-    placed = zip(
-        marks, x_scale.at(np.array(list(marks), float)), y_of(np.array(list(marks.values()), float)), strict=True
-    )
-    ends = {min(marks), max(marks)} if marks else set()
+    y_scale, y_ticks = _y_axis(ys, size, zero, log)
+    x_ticks = nice_ticks(x_scale.low, max(x_scale.high, x_scale.low + 1), most=size.most_x_ticks)
+    places = zip(marks.items(), x_scale.at(dot_x).tolist(), y_scale.at(dot_y).tolist(), strict=True)
+    ends = (min(marks), max(marks)) if marks else ()
     return Chart(
         size,
-        tuple(Tick(round(float(x_scale.at(np.array(t))), 2), f"{t:,.0f}") for t in x_at if t <= xs.max()),
-        tuple(Tick(round(float(y_scale.at(np.array(t))), 2), short(10**t if logarithmic else t)) for t in y_at),
-        tuple(_path(line, x_scale, y_of) for line in lines if len(line.x)),
+        tuple(Tick(x_scale.one(t), f"{t:,.0f}") for t in x_ticks if t == round(t) and t <= x_scale.high),
+        tuple(Tick(y_scale.one(t), short(t)) for t in y_ticks),
+        tuple(_path(line, x_scale, y_scale) for line in lines if len(line.x)),
         tuple(
-            Dot(
-                round(float(x), 2),
-                round(float(y), 2),
-                f"step {s:,}: {loss(marks[s])}",
-                loss(marks[s]) if s in ends else "",
-            )
-            for s, x, y in placed
+            Dot(round(x, 2), round(y, 2), f"step {step:,}: {loss(value)}", loss(value) if step in ends else "")
+            for (step, value), x, y in places
         ),
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """Values [low, high] to coordinates [start, stop]; a single value lies at the start."""
+    """Values [low, high] to coordinates [start, stop], by their logarithms if `log`; a single value lies at the start."""
 
     low: float
     high: float
     start: float
     stop: float
+    log: bool = False
 
     def at(self, values: Float64) -> Float64:
-        span = self.high - self.low
-        part = (values - self.low) / span if span else np.zeros_like(values)
+        low, high, v = (np.log10(x) if self.log else x for x in (self.low, self.high, values))
+        part = (v - low) / (high - low) if high > low else np.zeros_like(values)
         return np.asarray(self.start + part * (self.stop - self.start))
 
+    def one(self, value: float) -> float:
+        return round(float(self.at(np.array(value))), 2)
 
-def _path(line: Line, x_scale: _Scale, y_of: object) -> Path:
+
+def _y_axis(values: Float64, size: Size, zero: bool, log: bool) -> tuple[_Scale, list[float]]:
+    """The scale and the ticks of the y axis: from tick to tick, or with `log` just what the values cover."""
+    low, high = float(values.min()), float(values.max())
+    floor, top = size.height - size.bottom, size.top
+    if log and low > 0 and high / low >= LOG_FROM:
+        return _Scale(low, high, floor, top, log=True), log_ticks(low, high)
+    ticks = nice_ticks(*_range(low, high, zero), widen=True)
+    return _Scale(ticks[0], ticks[-1], floor, top), ticks
+
+
+def _path(line: Line, x_scale: _Scale, y_scale: _Scale) -> Path:
     x, y = thin_out(line.x, line.y, MOST_POINTS)
-    points = zip(x_scale.at(x).tolist(), y_of(y).tolist(), strict=True)  # type: ignore[operator]
+    points = zip(x_scale.at(x).tolist(), y_scale.at(y).tolist(), strict=True)
     return Path(line.kind, "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in points), len(x))
 
 
-def _range(values: Float64, zero: bool) -> tuple[float, float]:
+def _range(low: float, high: float, zero: bool) -> tuple[float, float]:
     """What the y axis must cover; a constant gets room around it."""
-    low, high = float(values.min()), float(values.max())
-    if zero:
-        low = min(low, 0.0)
-    if low == high:
-        low, high = low - abs(low) / 2, high + (abs(high) / 2 or 1.0)
-    return low, high
+    low = min(low, 0.0) if zero else low
+    return (low, high) if low < high else (low - abs(low) / 2, high + (abs(high) / 2 or 1.0))
 
 
 def nice_ticks(low: float, high: float, *, most: int = 5, widen: bool = False) -> list[float]:
-    """About `most` multiples of 1, 2 or 5 times a power of ten in [low, high]; widen: from the one below to the one above."""
+    """About `most` multiples of 1, 2 or 5 times a power of ten in [low, high]; widen: one below to one above."""
     raw = (high - low) / most
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= raw * (1 - 1e-9))
@@ -174,9 +166,9 @@ def nice_ticks(low: float, high: float, *, most: int = 5, widen: bool = False) -
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Whole powers of ten as exponents between log10 values, at most about 6 of them."""
-    first, last = math.ceil(low - 1e-9), math.floor(high + 1e-9)
-    return [float(e) for e in range(first, last + 1, max(1, math.ceil((last - first) / 5)))]
+    """Powers of ten in [low, high], at most 6 of them."""
+    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
+    return [10.0**e for e in range(first, last + 1, math.ceil((last - first + 1) / 6))]
 
 
 def thin_out(x: Float64, y: Float64, most: int) -> tuple[Float64, Float64]:

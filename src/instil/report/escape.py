@@ -36,7 +36,7 @@ def visible(text: str, *, ascii_only: bool = False) -> str:
 
 def visible_lines(text: str) -> str:
     """`visible` for a text of several lines: its newlines stay."""
-    return "\n".join(visible(line) for line in text.splitlines())
+    return "\n".join(visible(line) for line in text.split("\n"))
 
 
 def _shown(char: str) -> bool:

@@ -42,7 +42,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What became of the rows: sides `train` and `heldout`; the rules, the dropping ones first, the most frequent first."""
+    """What became of the rows: sides `train` and `heldout`; the rules, dropping ones and frequent ones first."""
 
     sides: Mapping[str, Side]
     rules: tuple[Rule, ...]
@@ -72,7 +72,7 @@ class Evidence:
 
 
 def read_evidence(folder: Path) -> Evidence:
-    """Read a run folder. Raises UsageError where none of a run's files is there, MachineError where one cannot be read."""
+    """Read a run folder. Raises UsageError where no file of a run is there, MachineError for an unreadable one."""
     if not any((folder / name).is_file() for name in FILES):
         what = "is not a run folder" if folder.is_dir() else "is not there"
         raise UsageError.at(folder, what, "name a folder that `instil train` made")

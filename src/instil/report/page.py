@@ -46,7 +46,7 @@ def _render(evidence: Evidence) -> str:
         certificates=sections.certificates(evidence),
         digests=sections.digests(evidence),
         machine=sections.machine(evidence),
-        config=[_setting(line) for line in evidence.config.splitlines()],
+        config=[_setting(line) for line in evidence.config.rstrip("\n").split("\n")],
     )
 
 

@@ -6,14 +6,14 @@ import math
 from typing import Any
 
 NONE = "–"  # what stands for a number that is not known
-LARGEST = 1e100  # beyond it a number is taken for a fault of the file
+LARGEST, SMALLEST = 1e100, 1e-100  # beyond them a number is taken for a fault of the file, and for 0
 
 
 def number(value: Any) -> float | None:
     """`value` as a float if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
         return None
-    return float(value)
+    return float(value) if abs(value) > SMALLEST else 0.0
 
 
 def count(value: float | None) -> str:

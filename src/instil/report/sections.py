@@ -56,18 +56,16 @@ def headline(evidence: Evidence) -> list[Card]:
     target, computed = totals["target_tokens"], totals["computed_tokens"]
     whole = number(evidence.summary.get("seconds"))
     trained = totals["train_seconds"]
-    device = str(inside(evidence.manifest, "numerics").get("device", ""))
     longer = whole is not None and trained is not None and whole >= trained
+    peak = number(evidence.summary.get("peak_memory_bytes"))
+    gpu = str(inside(evidence.manifest, "numerics").get("device", "")).startswith("cuda")
+    holder = "" if peak is None else "of the GPU" if gpu else "of the process"
     return [
         _loss_card(evidence),
-        Card("Target tokens per second", rate(speed), f"{rate(computed_speed)} computed per second"),
+        Card("Target tokens/s", rate(speed), f"{rate(computed_speed)} computed tokens/s"),
         Card("Steps", count(totals["steps"]), "" if epochs is None else f"{count(epochs)} epoch{'s' * (epochs != 1)}"),
         Card("Target tokens learnt", count(target), f"of {count(computed)} computed"),
-        Card(
-            "Peak memory",
-            size(number(evidence.summary.get("peak_memory_bytes"))),
-            "of the GPU" if device.startswith("cuda") else "of the process",
-        ),
+        Card("Peak memory", size(peak), holder),
         Card("Training time", duration(trained), f"{duration(whole)} from start to end" if longer else ""),
     ]
 
@@ -104,9 +102,11 @@ def _loss_card(evidence: Evidence) -> Card:
         losses = evidence.series["loss"]
         seen = losses[np.isfinite(losses)]
         last = f"the last training loss was {loss(float(seen[-1]))}" if len(seen) else ""
-        return Card(label, "not measured", last)
-    if before is None or after is None:
-        return Card(label, f"{loss(before)} → {loss(after)}")
+        return Card(label, "not measured" if evidence.finished else "not measured yet", last)
+    if before is None:
+        return Card(label, loss(after), f"at step {max(held):,}" if held else "")
+    if after is None:
+        return Card(label, loss(before), "before the first step")
     parts = [change(after - before) if after != before else "unchanged"]
     if max(before, after) < 20:
         parts.append(f"perplexity {rate(math.exp(before))} → {rate(math.exp(after))}")

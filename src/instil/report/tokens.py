@@ -24,11 +24,11 @@ class Look:
     brackets: what stands around a run of targets where colours cannot tell; "" where they can.
     """
 
-    context: tuple[str, str] = ("dim", "dim on grey23")
+    context: tuple[str, str] = ("dim", "dim underline")
     target: tuple[str, str] = ("black on pale_green1", "black on dark_sea_green3")
     terminator: tuple[str, str] = ("bold white on dark_red", "bold white on dark_red")
     control: tuple[str, str] = ("bold dark_cyan", "bold dark_cyan")
-    escape: str = "bold italic"
+    escape: str = "not dim bold italic magenta"
     newline: str = "⏎"
     tab: str = "⇥"
     brackets: tuple[str, str] = ("", "")
@@ -133,12 +133,10 @@ def _append(text: Text, piece: str, look: Look) -> list[tuple[int, int]]:
         add(EMPTY_ASCII if look.ascii_only else EMPTY, True)
     for line_at, line in enumerate(piece.split("\n")):
         if line_at:
-            add(look.newline, True)
-            text.append("\n")
+            text.append(f"{look.newline}\n")
         for cell_at, cell in enumerate(line.split("\t")):
             if cell_at:
-                add(look.tab, True)
-                text.append("\t")
+                text.append(f"{look.tab}\t")
             for shown, escaped in segments(cell, ascii_only=look.ascii_only):
                 add(shown, escaped)
     return escapes

@@ -99,5 +99,6 @@ class MasterAdamW:
         for name, master in self.masters.items():
             if f"exp_avg.{name}" in tensors:
                 self.adamw.state[master] = {
-                    key: tensors[f"{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
+                    key: tensors[f"{key}.{name}"].to(master.device, copy=True)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
                 }

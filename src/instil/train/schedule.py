@@ -18,7 +18,7 @@ def learning_rate(step: int, *, peak: float, steps: int, warmup: float, schedule
     cosine: peak * (f + (1 - f) * (1 + cos(pi * t)) / 2), linear: peak * (1 - (1 - f) * t), with f = FINAL_SHARE and
     t = 0 at the end of the warm-up, 1 at the last step.
     """
-    warm = math.ceil(warmup * steps)
+    warm = math.ceil(warmup * steps - 1e-9)  # 0.07 * 100 is 7.000000000000001
     if step < warm:
         return peak * (step + 1) / warm
     t = (step - warm) / max(1, steps - 1 - warm)

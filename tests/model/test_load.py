@@ -1,0 +1,217 @@
+"""A folder becomes a model whose packs are isolated, or a refusal in one line that says why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from instil.errors import InstilError, MachineError, ModelError
+from instil.model.attention import Layout, _through_interface, loop
+from instil.model.head import Head
+from instil.model.load import device_named, load_model, probe_isolation, refuse_recurrent
+
+CPU, FP32 = torch.device("cpu"), torch.float32
+
+
+def line_of(error: type[InstilError], do: Any, *arguments: Any, **options: Any) -> str:
+    with pytest.raises(error) as caught:
+        do(*arguments, **options)
+    (line,) = caught.value.lines()
+    return line
+
+
+# --- a whole model
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen2", "qwen3", "gpt2", "granite", "cohere", "mistral"])
+def test_a_folder_becomes_the_model_that_was_saved(kind: str, saved: Any, tiny: Any) -> None:
+    """Every weight, in evaluation mode, with our attention, and past its probe."""
+    net = load_model(saved(kind), dtype=FP32, device=CPU)
+    for (name, found), (_, expected) in zip(net.named_parameters(), tiny(kind).named_parameters(), strict=True):
+        assert torch.equal(found, expected), name
+    assert net.config._attn_implementation == "instil_loop"
+    assert not net.training
+
+
+def test_weights_come_in_the_dtype_asked_for(saved: Any) -> None:
+    """bf16 for training; rotary frequencies stay float32."""
+    net = load_model(saved("llama"), dtype=torch.bfloat16, device=CPU)
+    assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in net.buffers()} == {FP32}
+
+
+def broken_json(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": ')
+
+
+def unknown_type(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "perceptron"}')
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def cut_weights(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def other_shape(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(5)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("damage", [broken_json, unknown_type, no_weights, cut_weights, other_shape])
+def test_a_broken_folder_is_refused_in_one_line_that_names_it(damage: Any, saved: Any) -> None:
+    """Never with a traceback of somebody else's."""
+    folder = saved("llama")
+    damage(folder)
+    assert str(folder) in line_of(ModelError, load_model, folder, dtype=FP32, device=CPU)
+
+
+def test_pickled_weights_are_not_read(saved: Any) -> None:
+    """A folder with only pytorch_model.bin does not load: a pickle can run anything."""
+    folder = saved("llama")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    line_of(ModelError, load_model, folder, dtype=FP32, device=CPU)
+
+
+def test_a_missing_weight_is_refused(saved: Any) -> None:
+    """A model with a layer that was never saved would train on noise."""
+    folder = saved("llama")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "up_proj" in line_of(ModelError, load_model, folder, dtype=FP32, device=CPU)
+
+
+@pytest.mark.parametrize("name", ["t5", "vit"])
+def test_what_is_no_causal_language_model_is_refused(name: str, tmp_path: Path) -> None:
+    """Encoder-decoders and models without language."""
+    AutoConfig.for_model(name).save_pretrained(tmp_path)
+    assert str(tmp_path) in line_of(ModelError, load_model, tmp_path, dtype=FP32, device=CPU)
+
+
+def test_a_device_that_is_not_here_is_refused() -> None:
+    """With the names of those that are; the CPU always is."""
+    assert device_named("cpu") == CPU
+    assert device_named("auto").type in ("cpu", "cuda")
+    assert "cpu" in line_of(MachineError, device_named, "cuda:97")
+    assert "'tpu'" in line_of(MachineError, device_named, "tpu")
+
+
+# --- state outside attention
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "falcon_h1", "zamba2", "recurrent_gemma", "rwkv", "xlstm",
+     "lfm2", "qwen3_next", "granitemoehybrid", "nemotron_h", "minimax"],
+)  # fmt: skip
+def test_models_with_state_outside_attention_are_refused_by_name(name: str) -> None:
+    """State spaces, convolutions and linear attention carry one document into the next."""
+    line = line_of(ModelError, refuse_recurrent, AutoConfig.for_model(name), "m")
+    assert name in line
+    assert "outside attention" in line
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3", "gpt2", "phi3", "olmo2", "smollm3"]
+)
+def test_pure_attention_models_are_not_refused(name: str) -> None:
+    """By their default configuration."""
+    refuse_recurrent(AutoConfig.for_model(name), "m")
+
+
+# --- the probe
+
+
+def leaky(query: Any, key: Any, value: Any, layout: Layout, scale: float) -> Any:
+    """The planted fault: attention over the whole pack."""
+    return loop(query, key, value, Layout(layout.reach, (0, query.shape[2])), scale)
+
+
+def unscaled(query: Any, key: Any, value: Any, layout: Layout, scale: float) -> Any:
+    """The planted fault: isolated, but not the model's own attention."""
+    return loop(query, key, value, layout, 3 * scale)
+
+
+for _fault in (leaky, unscaled):
+    AttentionInterface.register(f"instil_test_{_fault.__name__}", _through_interface(_fault))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+def test_the_probe_passes_a_sound_model_and_changes_nothing(kind: str, tiny: Any) -> None:
+    """Its attention and weights are as before."""
+    net = tiny(kind)
+    before = {n: p.clone() for n, p in net.named_parameters()}
+    probe_isolation(net, "m")
+    assert net.config._attn_implementation == "instil_loop"
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_probe_catches_a_leak(kind: str, tiny: Any) -> None:
+    """A backend that sees the whole pack is named as leaking."""
+    assert "leaks between the documents" in line_of(
+        ModelError, probe_isolation, tiny(kind, attention="instil_test_leaky"), "m"
+    )
+
+
+def test_the_probe_catches_another_attention(tiny: Any) -> None:
+    """Isolated but with another scale: the logits are not the model's own."""
+    assert "differ from the model's own" in line_of(
+        ModelError, probe_isolation, tiny(attention="instil_test_unscaled"), "m"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [("llama", "logits_scaling", 2.0), ("llama", "logit_scale", 0.5), ("llama", "final_logit_softcapping", 1.0)],
+)
+def test_the_probe_catches_a_head_that_is_not_the_models(kind: str, field: str, value: Any, tiny: Any) -> None:
+    """A factor or a cap that the configuration names and the model does not apply."""
+    net = tiny(kind)
+    setattr(net.config, field, value)
+    assert "differ from the model's own" in line_of(ModelError, probe_isolation, net, "m")
+
+
+def test_the_probe_catches_a_factor_that_we_overlook(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Granite divides its logits by 4; a head that does not know is refused."""
+    monkeypatch.setattr("instil.model.load.head_of", lambda net: Head(net.lm_head.weight, None))
+    assert "differ from the model's own" in line_of(ModelError, probe_isolation, tiny("granite"), "m")
+
+
+def test_the_probe_catches_weights_that_are_not_numbers(tiny: Any) -> None:
+    """A NaN weight is found before the first step."""
+    net = tiny()
+    with torch.no_grad():
+        net.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
+    assert "differ" in line_of(ModelError, probe_isolation, net, "m")
+
+
+def test_the_probe_catches_positions_that_are_not_passed_on(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that counts positions through the pack is refused."""
+    net = tiny("gpt2")
+    inner = net.transformer.forward
+    monkeypatch.setattr(net.transformer, "forward", lambda *a, **k: inner(*a, **(k | {"position_ids": None})))
+    assert "differ from the model's own" in line_of(ModelError, probe_isolation, net, "m")
+
+
+def test_loading_runs_the_probe(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that fails it is not handed out."""
+    folder = saved("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"logits_scaling": 2.0}))
+    assert str(folder) in line_of(ModelError, load_model, folder, dtype=FP32, device=CPU)
+    load_model(folder, dtype=FP32, device=CPU, probe=False)
+    AutoModelForCausalLM.from_pretrained(folder)
