@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -23,16 +24,23 @@ def inspect(
 ) -> None:
     """Show the examples of DATA: dim context, highlighted targets. Shows 3 rows unless --rows or --json says more."""
     with errors():
+        from rich.console import Console
+
         from instil.chat.turns import make_examples
         from instil.data.mixture import load_conversations
         from instil.errors import DataError
         from instil.model.locate import locate
         from instil.prepare import open_chat
+        from instil.report.tokens import legend, look_for, print_example
 
         chosen = _range(rows) if rows else slice(None) if json else slice(0, 3)
         chat = open_chat(locate(model, need_weights=False).path, template)
         pairs = make_examples(load_conversations(data).conversations[chosen], chat.tokenizer, chat.template)
         decode = chat.tokenizer.decode
+        console = Console(highlight=False)
+        control = set(chat.tokenizer.control_tokens.values())
+        if not json:
+            console.print(legend(look_for(console)))
         for example in pairs.examples:
             if json:
                 put_json(
@@ -47,17 +55,20 @@ def inspect(
                     }
                 )
             else:
-                from rich.console import Console
-
-                from instil.report.tokens import token_view
-
                 tokens = [*example.prompt_tokens.tolist(), *example.answer_tokens.tolist()]
-                console = Console(highlight=False)
-                console.print(f"{example.origin}, answer {example.turn}: {len(example.prompt_tokens)} prompt tokens, "
-                              f"{len(example.answer_tokens)} answer tokens", style="bold", markup=False)  # fmt: skip
-                console.print(token_view(example, [decode([t]) for t in tokens]))
+                print_example(console, example, _pieces(decode, tokens), control_tokens=control)
         if pairs.problems:
             raise DataError(*pairs.problems)
+
+
+def _pieces(decode: Callable[[list[int]], str], tokens: list[int]) -> list[str]:
+    """What each token adds to the decoded text; a part of a character adds nothing until the character is whole."""
+    pieces, shown = [], ""
+    for i in range(len(tokens)):
+        text = decode(tokens[: i + 1]).rstrip("\ufffd")
+        pieces.append(text[len(shown) :])
+        shown = max(shown, text, key=len)
+    return pieces
 
 
 def _range(text: str) -> slice:

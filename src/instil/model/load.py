@@ -43,15 +43,15 @@ def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device, probe:
     config = _read_config(folder)
     refuse_recurrent(config, folder)
     try:
-        net: PreTrainedModel
-        net, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True,
             output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # whatever transformers makes of a broken folder
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError.at(folder, f"does not load: {first}", "check the folder, or save the model again") from error
-    if missing := sorted(found["missing_keys"]):  # transformers would fill them with random numbers
+    net: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):  # transformers would fill them with random numbers
         what = f"has no weights for {', '.join(missing[:5])}" + (f" and {len(missing) - 5} more" if missing[5:] else "")
         raise ModelError.at(folder, what, "save the model again, or use a complete one")
     if type(net).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():

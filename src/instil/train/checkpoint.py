@@ -46,7 +46,7 @@ def save(folder: Path, state: TrainState, facts: Mapping[str, Any], *, keep: int
     beside the hashes (config, data, versions, machine). Raises MachineError when the disk refuses; nothing is lost.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".partial-*"):
+    for left in (*folder.glob(".partial-*"), *folder.glob(".trash-*")):
         shutil.rmtree(left, ignore_errors=True)
     final = folder / checkpoint_name(state.step)
     partial = folder / f".partial-{state.step}-{secrets.token_hex(4)}"
@@ -56,8 +56,8 @@ def save(folder: Path, state: TrainState, facts: Mapping[str, Any], *, keep: int
             save_file({k: t.detach().contiguous() for k, t in tensors.items()}, partial / f"{name}.safetensors")
             _sync(partial / f"{name}.safetensors")
         _write(partial / "state.json", {"step": state.step, "counters": dict(state.counters)})
-        manifest = {"format": FORMAT, "step": state.step, "files": hashes(partial), **facts}
-        _write(partial / "manifest.json", manifest)
+        manifest = {**facts, "format": FORMAT, "step": state.step, "files": hashes(partial)}
+        _write(partial / "manifest.json", {**manifest, "sha256": _digest(manifest)})
         _sync(partial)
         if final.exists():  # the same step, saved before and found damaged
             _discard(final)
@@ -73,7 +73,8 @@ def save(folder: Path, state: TrainState, facts: Mapping[str, Any], *, keep: int
         raise MachineError.at(
             final, f"does not read back: {problem}", "check the disk; older checkpoints are untouched"
         )
-    for old in [f for f in _newest_first(folder) if f != final][max(0, keep - 1) :]:
+    older = [f for f in _newest_first(folder) if int(f.name[5:]) < state.step]  # a newer one was found damaged
+    for old in older[max(0, keep - 1) :]:
         _discard(old)
     return final
 
@@ -90,12 +91,19 @@ def hashes(folder: Path) -> dict[str, dict[str, Any]]:
         return dict(zip((f.name for f in files), pool.map(one, files), strict=True))
 
 
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest's content, which the manifest itself carries as `sha256`."""
+    return hashlib.sha256(orjson.dumps(manifest, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
 def verify(checkpoint: Path) -> str | None:
     """None if every file is what the manifest says, else what is wrong."""
     try:
         manifest = orjson.loads((checkpoint / "manifest.json").read_bytes())
         if manifest["format"] > FORMAT:
             return f"format {manifest['format']} is newer than this version reads"
+        if manifest.pop("sha256") != _digest(manifest):
+            return "manifest.json is not what was saved"
         expected, found = manifest["files"], hashes(checkpoint)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"no readable manifest ({type(error).__name__})"
