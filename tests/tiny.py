@@ -68,6 +68,7 @@ def _write_weights(folder: Path, changes: dict[str, Any]) -> None:
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.copy_(0.1 * torch.randn_like(parameter) + (1.0 if parameter.dim() == 1 else 0.0))
+        net.lm_head.weight *= 3  # so that a frozen head can be sure of a token
     net.save_pretrained(folder)
 
 
@@ -101,7 +102,6 @@ def without_times(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def tree(folder: Path) -> set[str]:
     """Every path below a folder, relative."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
-
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 class Section(BaseModel):
     """A part of the tree: frozen, no unknown keys. null means "chosen for you", and the run folder records the choice."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -180,24 +180,23 @@ MISSING = {
 def nearest_key(key: str, known: Sequence[str]) -> str:
     """The key most like the one that was written, looking at its last part first."""
     last = key.rpartition(".")[2]
+    if last in ALIASES:
+        return ALIASES[last]
     tails = {k.rpartition(".")[2]: k for k in reversed(known)}
     close = difflib.get_close_matches(key, known, 1, 0.75) or [
         tails[t] for t in difflib.get_close_matches(last, list(tails), 1, 0.5)
     ]
-    if close:
-        return close[0]
-    if last in ALIASES:
-        return ALIASES[last]
-    return (difflib.get_close_matches(key, known, 1, 0.0) or [known[0]])[0]
+    return (close or difflib.get_close_matches(key, known, 1, 0.0) or [known[0]])[0]
 
 
 ALIASES = {
     "learning_rate": "train.lr", "learnig_rate": "train.lr", "num_train_epochs": "train.epochs",
-    "max_steps": "train.steps", "per_device_train_batch_size": "train.batch_examples", "lora_r": "adapter.rank",
-    "lora_alpha": "adapter.alpha", "max_length": "pack.tokens", "sequence_len": "pack.tokens",
-    "model_name_or_path": "model", "base_model": "model", "dataset": "data.train", "datasets": "data.train",
-    "output_dir": "run.dir", "max_grad_norm": "train.clip_norm", "lr_scheduler_type": "train.schedule",
-    "warmup_ratio": "train.warmup", "save_steps": "checkpoint.every_steps", "eval_steps": "evaluate.every_steps",
+    "max_steps": "train.steps", "per_device_train_batch_size": "train.batch_examples",
+    "batch_size": "train.batch_examples", "lora_r": "adapter.rank", "lora_alpha": "adapter.alpha",
+    "max_length": "pack.tokens", "sequence_len": "pack.tokens", "model_name_or_path": "model", "base_model": "model",
+    "dataset": "data.train", "datasets": "data.train", "output_dir": "run.dir", "max_grad_norm": "train.clip_norm",
+    "lr_scheduler_type": "train.schedule", "warmup_ratio": "train.warmup", "save_steps": "checkpoint.every_steps",
+    "eval_steps": "evaluate.every_steps",
 }  # fmt: skip
 
 
@@ -306,4 +305,4 @@ def _yaml(value: Any) -> str:
     writer.default_flow_style = True
     writer.width = 1 << 20
     writer.dump(value, buffer)
-    return buffer.getvalue().removesuffix("\n").removesuffix("...").strip()
+    return buffer.getvalue().removesuffix("\n").removesuffix("...").strip("\n")

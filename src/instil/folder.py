@@ -154,11 +154,15 @@ def _take_back(folder: Path, made: Sequence[Path], aside: Path | None) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """The file is the old one or the new one, never between."""
     draft = path.with_name(f".{path.name}.tmp")
-    with draft.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -174,7 +178,7 @@ def keep_metrics_through(path: Path, step: int) -> None:
     for line in path.read_bytes().splitlines(keepends=True):
         try:
             if orjson.loads(line)["step"] <= step:
-                kept.append(line)
+                kept.append(line.removesuffix(b"\n") + b"\n")
         except orjson.JSONDecodeError:
             continue
     write_atomically(path, b"".join(kept))

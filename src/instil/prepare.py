@@ -42,11 +42,12 @@ def open_chat(folder: Path, template: str | None, today: str | None = None) -> C
 
 @dataclass(frozen=True)
 class Prepared:
-    """The stored examples of a run. record: what was recognised, the certificate, the ledger's sums."""
+    """The stored examples of a run. record: what was recognised, the certificate, the ledger's sums; key: their folder."""
 
     train: ExampleStore
     heldout: ExampleStore | None
     record: dict[str, Any]
+    key: str
 
 
 def data_digests(config: Config) -> dict[str, str]:
@@ -61,18 +62,25 @@ def _heldout_files(config: Config) -> list[str]:
 def prepare(config: Config, folder: Path, chat: Chat, digests: dict[str, str], run: RunFolder) -> Prepared:
     """The examples of config.data for the model in `folder`, from `packs/<key>/` when they are there already.
 
-    key: digest of data files, tokenizer, template and options. Raises DataError with every problem found.
+    key: digest of data files, tokenizer, template and options; a run that goes on keeps the key that it began with, as
+    the pack that it chose would be another limit. Raises DataError with every problem found.
     """
-    limit = config.pack.tokens or context_tokens(folder)
+    limit = min((n for n in (config.pack.tokens, context_tokens(folder)) if n), default=None)
     date = str(chat.template.today) if "strftime_now" in chat.template.source else ""
     options = [config.data.heldout, config.data.heldout_most, limit, date]
-    stored = run.packs / store_key([digests, chat.tokenizer.digest, chat.template.digest, options])
+    key = _began_with(run) or store_key([digests, chat.tokenizer.digest, chat.template.digest, options])
+    stored = run.packs / key
     if not (stored.is_dir() and run.ledger.is_file()):
         sides, record, entries = _make(config, chat, limit)
         write_ledger(run.ledger, entries)
         publish(stored, sides, record)
     found, record = open_store(stored)
-    return Prepared(found["train"], found["heldout"] if len(found["heldout"]) else None, record)
+    return Prepared(found["train"], found["heldout"] if len(found["heldout"]) else None, record, key)
+
+
+def _began_with(run: RunFolder) -> str | None:
+    """The key of a run that is there already; that its data is the same is checked (record.py: refuse_changed)."""
+    return orjson.loads(run.manifest.read_bytes()).get("packs") if run.manifest.exists() else None
 
 
 def _make(

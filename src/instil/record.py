@@ -65,7 +65,7 @@ def write_record(run: RunFolder, config: Config, now: dict[str, Any], data: Prep
     numerics = {"device": str(device), "precision": config.train.precision, "threads": torch.get_num_threads()}
     if device.type == "cuda":
         numerics["device_name"] = torch.cuda.get_device_name(device)
-    record = {"certificate": data.record["certificate"], "rows": data.record["rows"]}
+    record = {"certificate": data.record["certificate"], "rows": data.record["rows"], "packs": data.key}
     write_json(run.manifest, {**now, **record, "numerics": numerics, **machine_facts()})
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import tiny
 
 RunsFolder = Callable[..., tiny.Said]
@@ -257,7 +258,9 @@ def test_a_template_that_rewrites_history_is_refused_with_the_reason(
     """Such a template would teach on prompts that no server sends; the line shows where it rewrites, and the way out."""
     model = tiny.write_model(tmp_path / "m", template=tiny.REWRITES)
     line = refused(code=4, model=model)
-    assert line.startswith(f"{model / 'chat_template.jinja'}: the template rewrites the prompt once the answer is there")
+    assert line.startswith(
+        f"{model / 'chat_template.jinja'}: the template rewrites the prompt once the answer is there"
+    )
     assert "' now" in line
     assert "--template FILE" in line
 

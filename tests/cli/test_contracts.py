@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
 import tiny
 
 QUESTIONS = {"say red 0": "blue", "say green 1": "gold", "say blue 2": "lime", "say black 3": "rose"}
@@ -40,9 +40,10 @@ def plain(model: Path, data: Path, runs: Path) -> tuple[Path, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def memorised(model: Path, runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
+def memorised(model: Path, runs: Path) -> tuple[Path, Any]:
     """A run that has learnt four answers by heart, and the logits of its model as they were when training ended."""
     import torch
+
     from instil import run as story
     from instil.model.attention import attention
 
@@ -59,7 +60,7 @@ def memorised(model: Path, runs: Path, tmp_path_factory: pytest.TempPathFactory)
         train(model, data, runs / "memorised", *LEARN)
     finally:
         story.export_model = export
-    yield runs / "memorised", logits[0]
+    return runs / "memorised", logits[0]
 
 
 # ── --json ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -101,7 +102,13 @@ def test_inspect_json_gives_the_tokens_of_the_model_s_own_template(model: Path, 
     """JSON lines, one an example, whose prompt is what transformers' apply_chat_template makes of the messages before."""
     from transformers import AutoTokenizer
 
-    turns = [("system", "be short"), ("user", "say ä red"), ("assistant", "gold"), ("user", "more"), ("assistant", "no")]
+    turns = [
+        ("system", "be short"),
+        ("user", "say ä red"),
+        ("assistant", "gold"),
+        ("user", "more"),
+        ("assistant", "no"),
+    ]
     messages = [{"role": role, "content": content} for role, content in turns]
     file = tiny.write_rows(tmp_path / "a.jsonl", [{"messages": messages}])
     said = tiny.command("inspect", file, "--model", model, "--json")

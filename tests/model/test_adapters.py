@@ -74,7 +74,9 @@ def test_every_linear_layer_but_the_head_is_adapted(tiny: Any) -> None:
     lora(net)
     adapted = {n.rsplit(".lora_A", 1)[0] for n, p in net.named_parameters() if p.requires_grad and "lora_A" in n}
     places = {"self_attn": ALL[:4], "mlp": ALL[4:]}
-    assert adapted == {f"model.layers.{i}.{place}.{t}" for i in (0, 1) for place, names in places.items() for t in names}
+    assert adapted == {
+        f"model.layers.{i}.{place}.{t}" for i in (0, 1) for place, names in places.items() for t in names
+    }
 
 
 def test_only_the_targets_named_are_adapted(tiny: Any) -> None:

@@ -129,6 +129,7 @@ def test_it_goes_on_from_any_step(stop_at: int, begin: Any) -> None:
     check_same(straight, interrupted(begin, BF16, stop_at=stop_at))
 
 
+@pytest.mark.slow  # on a busy machine two threads wait for each other at every tiny matrix
 def test_two_threads_give_the_same_run_twice(begin: Any) -> None:
     """Sums split over threads are split the same way each time."""
     torch.set_num_threads(2)
@@ -314,5 +315,6 @@ def test_a_checkpoint_from_before_the_divergence_is_finite(begin: Any) -> None:
     with pytest.raises(DivergedError):
         run.go()
     found = checkpoint.load_latest(run.plan.checkpoints)
-    if found is not None:
-        assert all(bool(torch.isfinite(t).all()) for t in found[0].weights.values())
+    assert found is not None
+    assert found[0].step >= 1
+    assert all(bool(torch.isfinite(t).all()) for t in found[0].weights.values())
