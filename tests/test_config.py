@@ -114,6 +114,12 @@ def test_all_errors_come_at_once_with_their_places(tmp_path: Path) -> None:
     assert next(line for line in lines if "adaptor" in line).endswith("unknown key; did you mean adapter.rank?")
 
 
+def test_a_share_that_is_none_is_told_what_a_share_is() -> None:
+    """data.heldout takes a path or a share; of a number that is no share, the range is said, not that it is no path."""
+    (line,) = refusal(None, "data.heldout=100", given=LEAST)
+    assert line.startswith("data.heldout=100: 100: should be less than 1; data.heldout: file, or share")
+
+
 def test_the_last_word_counts(tmp_path: Path) -> None:
     """Overrides win over the file, options of the command line over both."""
     config = loaded("train: {lr: 1, epochs: 1, seed: 1}\n", tmp_path, "train.lr=2", "train.epochs=2")
@@ -131,7 +137,8 @@ def test_a_value_is_not_a_section() -> None:
 @pytest.mark.parametrize(
     "bad",
     ["train.lr=.inf", "train.lr=true", "train.epochs=1e9", "data.heldout=1", "data.heldout=-0.1", "run.threads=0",
-     "adapter.rank=-1", "train.epochs=true", "train.lr='1'", "run.dir=1", "checkpoint.keep=0", "data.train=[]", "train.precision=fp16", "train.batch_tokens=0",
+     "adapter.rank=-1", "train.epochs=true", "train.lr='1'", "run.dir=1", "checkpoint.keep=0",
+     "data.train=[]", "train.precision=fp16", "train.batch_tokens=0",
      "run.name=" + "x" * 65, "run.name=.x", "run.name='a b'", "model=''", "evaluate.every_steps=0"],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(bad: str) -> None:

@@ -218,6 +218,28 @@ def test_a_resumed_run_keeps_its_rows(place: Path, configure: Configure) -> None
     assert weights(copy) == weights(whole)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_run_cut_off_after_its_model_ends_the_same(
+    rank: int, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Power lost between model/ and summary.json: not finished, and the same call makes the same model again."""
+    how = (f"adapter.rank={rank}", "checkpoint.every_steps=4")
+    whole, _ = train(configure(*how, "run.name=whole"))
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(story, "summary", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train(configure(*how))
+    run, said = train(configure(*how))
+    assert "resumed after step 8" in said
+    assert weights(run) == weights(whole)
+    assert {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}
+    assert tiny.without_times(tiny.metrics_of(run)) == tiny.without_times(tiny.metrics_of(whole))
+
+
 # ── where numbers end ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -244,7 +266,7 @@ def test_a_diverged_run_names_the_rows_and_writes_no_model(place: Path, configur
     assert not (run / "model").exists()
     assert not (run / "summary.json").exists()
     step = int(first.split(":")[0].removeprefix("step "))
-    assert [record["step"] for record in tiny.metrics_of(run)] == list(range(1, step + 1))
+    assert [record["step"] for record in tiny.metrics_of(run)] == list(range(1, step))
 
 
 def test_a_failing_run_leaves_its_caller_s_signals_alone(place: Path, configure: Configure) -> None:

@@ -4,37 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from train_names import ADJECTIVES, FIRST, LAST, NOUNS
 from words import Words, lines, pairs, products
-
-FIRST = """
-Ava Ben Clara Daniel Elena Felix Grace Hugo Irene Jonas Karin Liam Marta Nora Oscar Paula Quentin Rosa Samuel Tara
-Ursula Victor Wendy Xavier Yusuf Zoe Amir Bianca Carlos Dina Emre Fatima Gustav Hana Ivan Julia Kenji Leila Mateo Nadia
-Omar Priya Rafael Sofia Tomas Uma Vera Walter Ximena Yara Zane Alma Bruno Cecilia Dmitri Esther Farid Gloria Henrik
-Ines Jamal Kira Lars Mei Nils Olga Pedro Ruth Stefan Teresa Ulrich Viola Wei Yolanda Zara Anton Beatrice Cyrus Delia
-Edgar Flora George Helga Isaac Joan Khalid Lydia Marcus Nina Otto Petra Ramon Selma Theo Una Vikram Willa Yvonne Abel
-Brigid Colin Daphne Eli Freya Gordon Heidi Igor Jade Kofi Luna Milan Naomi Owen Phoebe
-"""
-LAST = """
-Abbott Bergman Castillo Dawson Eriksen Fischer Garcia Hansen Ibrahim Jensen Kowalski Larsen Moretti Novak Okafor Patel
-Quinn Romano Schmidt Tanaka Underwood Vargas Whitaker Xu Yilmaz Zimmer Adeyemi Barros Cohen Duarte Ellison Farrell
-Goldberg Haddad Ivanov Jovanovic Keller Lindqvist Mbeki Nakamura Olsen Petrov Ramirez Sandoval Takahashi Ueda Virtanen
-Weber Yamada Zhang Amato Bauer Chandra Delgado Espinoza Forster Greene Holm Ismail Jacobs Kaur Lopez Marsh Nguyen Ortega
-Pereira Rossi Sato Thorne Ulven Vogel Walsh Young Zeller Archer Bishop Carver Dutton Egan Fontaine Gallo Hughes Iqbal
-Johansson Kimura Lambert Mendes Norris Osei Price Rahman Silva Turner Valdez Winter Banerjee Crane Dubois Falk Gomez
-Hoffman Jarvis Kovacs Lund Mercer Nolan Perez Reyes Stone Tran
-"""
-ADJECTIVES = """
-copper wooden blue leather folding ceramic striped portable cotton steel round silver woollen compact bamboo yellow
-wireless velvet heavy glass painted canvas tall orange rubber marble quilted slim purple magnetic linen oval brass
-padded vintage white electric narrow plastic woven
-"""
-NOUNS = """
-kettle lamp chair backpack mirror clock blanket toaster vase bottle jacket desk pillow drill guitar tent wallet speaker
-basket bench carpet camera bicycle blender curtain drawer fan helmet keyboard ladder mug necklace oven pan rug saddle
-scarf shelf sofa stool suitcase table teapot towel tray umbrella wagon watch whistle bracelet bucket candle cabinet
-charger cushion easel flute glove hammer jug kite lantern mattress microscope notebook paddle piano printer puzzle
-radio ring sandal scooter spoon sweater telescope thermometer tripod trumpet violin wrench
-"""
 
 TRAIN = Words(
     names=pairs(FIRST, LAST),

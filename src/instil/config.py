@@ -143,7 +143,8 @@ def _validated(tree: dict[str, Any], places: Mapping[str, str]) -> Config:
         found: dict[str, Problem] = {}
         for e in error.errors():
             problem = _problem(e, known, places)
-            found.setdefault(problem.place, problem)
+            if e["type"] != "string_type" or problem.place not in found:  # of `text or number`, say what the number lacks
+                found[problem.place] = problem
         raise UsageError(*found.values()) from None
     if config.train.batch_tokens and config.train.batch_examples:
         place = places.get("train.batch_tokens", "train.batch_tokens")

@@ -53,16 +53,19 @@ def train(config: Config, *, fresh: bool = False, listener: Listener | None = No
     set_up_machine(config.run.threads)
     model = locate(config.model, need_weights=True)
     with claim(config, fresh=fresh) as run:
-        if run.finished:
-            tell.say(f"{run.path} is finished already; --fresh starts it over")
-            return run.path
         config = recorded(config, run.config)
         chat = open_chat(model.path, config.template, _began_on(run))
         digests = data_digests(config)
         what = identity(model, chat, digests)
         refuse_changed(run, what)
+        if run.finished:
+            tell.say(f"{run.path} is finished already; --fresh starts it over")
+            return run.path
         data = prepare(config, model.path, chat, digests, run)
-        net = load_model(model.path, dtype=dtype if config.adapter.rank else torch.float32, device=device)
+        net = load_model(
+            model.path, dtype=dtype if config.adapter.rank else torch.float32, device=device,
+            longest_tokens=int(data.train.lengths.max()),
+        )  # fmt: skip
         adapted = add_lora(net, config.adapter, model.name, config.train.seed) if config.adapter.rank else None
         optimizer = MasterAdamW(net, dtype=dtype, weight_decay=config.train.weight_decay)
         config, plan = resolve(config, data.train, fitting_tokens(net, dtype, device), run.path.name)

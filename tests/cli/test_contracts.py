@@ -183,6 +183,30 @@ def test_people_get_a_table_and_the_next_command(plain: tuple[Path, dict[str, An
     assert again.err[-1].startswith("next: instil chat ")
 
 
+def test_no_row_drives_the_terminal(model: Path, tmp_path: Path) -> None:
+    """Escape sequences and bidi overrides of a row are written out, and a terminal that is none gets no colours."""
+    evil = "\x1b]8;;http://x\x07\x1b[31mred\u202e"
+    file = tiny.write_rows(tmp_path / "a.jsonl", [tiny.row(evil, "red")])
+    shown = tiny.command("inspect", file, "--model", model)
+    broken = tiny.write_rows(tmp_path / "b.jsonl", [{"messages": [{"role": evil, "content": "x"}]}])
+    refused = tiny.command("check", broken, "--model", model)
+    assert (shown.code, refused.code) == (0, 3)
+    for text in (shown.out, refused.out, *refused.err):
+        assert not {"\x1b", "\x07", "\u202e"} & set(text)
+
+
+def test_version_and_help() -> None:
+    """`--version` is one line; `--help` names every verb; both exit 0."""
+    import instil
+
+    assert tiny.command("--version").out == f"instil {instil.__version__}\n"
+    said = tiny.command("--help")
+    assert said.code == 0
+    assert all(verb in said.out for verb in ("train", "evaluate", "chat", "inspect", "check"))
+    for verb in ("train", "evaluate", "chat", "inspect", "check"):
+        assert tiny.command(verb, "--help").code == 0
+
+
 # ── the run folder ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 

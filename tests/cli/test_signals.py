@@ -16,8 +16,8 @@ import pytest
 
 import tiny
 
-RECIPE = (*tiny.FAST, "train.lr=1e-2", "train.epochs=60", "train.batch_examples=8", "data.heldout=0.1")
-STEPS = 60 * 4  # 36 rows, 8 examples a step: 4 steps an epoch
+RECIPE = (*tiny.FAST, "train.lr=1e-2", "train.epochs=40", "train.batch_examples=8", "data.heldout=0.1")
+STEPS = 40 * 4  # 36 rows, 8 examples a step: 4 steps an epoch
 
 
 def words(model: Path, data: Path, folder: Path, *more: object) -> list[str]:
@@ -107,6 +107,10 @@ def test_sigterm_saves_at_any_step(
     said = tiny.command(*words(model, data, folder))
     assert said.code == 143
     assert said.err[-1] == f"step {at}: stopped by SIGTERM, saved; run the same command again to go on"
+    for verb in ("chat", "evaluate"):
+        unfinished = tiny.command(verb, folder, text="hello\n")
+        assert unfinished.code == 2
+        assert unfinished.err[-1].startswith(f"{folder}: the run is not finished: it has no model/ yet; ")
     signal_at(signal.SIGTERM, 0)
     assert tiny.command(*words(model, data, folder)).code == 0
     assert_same_run(folder, whole)

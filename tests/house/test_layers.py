@@ -66,7 +66,7 @@ def test_imports_go_downwards(file: Path) -> None:
     assert layer_faults(stage(file), imported(ast.parse(file.read_text()))) == []
 
 
-@pytest.mark.parametrize("name, line", [
+@pytest.mark.parametrize(("name", "line"), [
     ("data", "import instil.train.loop"), ("pack", "from instil.run import train"), ("chat", "import torch"),
     ("model", "from instil.pack.plan import plan_packs"), ("report", "from instil.model.locate import locate"),
 ])  # fmt: skip

@@ -14,7 +14,15 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from instil.errors import InstilError, MachineError, ModelError
 from instil.model.attention import Layout, _through_interface, loop
 from instil.model.head import Head
-from instil.model.load import device_named, load_model, probe_isolation, refuse_recurrent
+from instil.model.load import (
+    device_named,
+    hidden_states,
+    load_model,
+    probe_isolation,
+    refuse_lengths,
+    refuse_recurrent,
+)
+from instil.pack.tree import build_pack
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 
@@ -215,3 +223,69 @@ def test_loading_runs_the_probe(saved: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert str(folder) in line_of(ModelError, load_model, folder, dtype=FP32, device=CPU)
     load_model(folder, dtype=FP32, device=CPU, probe=False)
     AutoModelForCausalLM.from_pretrained(folder)
+
+
+# --- lengths beyond which a pack is not its documents
+
+
+def limited(**fields: Any) -> Any:
+    return AutoConfig.for_model("llama", **fields)
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (AutoConfig.for_model("mistral", sliding_window=16), "a sliding window at 16 tokens"),
+        (limited(attention_chunk_size=16), "attention chunks at 16 tokens"),
+        (
+            AutoConfig.for_model(
+                "phi3",
+                max_position_embeddings=64,
+                original_max_position_embeddings=16,
+                pad_token_id=0,
+                rope_parameters={
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "original_max_position_embeddings": 16,
+                    "short_factor": [1.0] * 48,
+                    "long_factor": [2.0] * 48,
+                },
+            ),
+            "longrope positions",
+        ),
+        (
+            limited(
+                max_position_embeddings=16, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+            ),
+            "dynamic positions",
+        ),
+    ],
+    ids=["window", "chunks", "longrope", "dynamic"],
+)
+def test_examples_longer_than_a_limit_of_the_model_are_refused_before_training(config: Any, what: str) -> None:
+    """Windows, chunks and frequencies that change with the longest document: refused from one token beyond."""
+    refuse_lengths(config, 16, "here")
+    line = line_of(ModelError, refuse_lengths, config, 17, "here")
+    assert what in line
+    assert "set pack.tokens to at most 16" in line
+
+
+def test_plain_and_scaled_positions_have_no_limit() -> None:
+    """llama3 and yarn scale every position alike, whatever the pack holds."""
+    for kind in ("default", "llama3", "yarn"):
+        rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 16,
+                "low_freq_factor": 1.0, "high_freq_factor": 4.0}  # fmt: skip
+        refuse_lengths(limited(max_position_embeddings=32, rope_parameters=rope), 1 << 20, "here")
+
+
+def test_dynamic_positions_do_leak_between_documents(tiny: Any, make_example: Any) -> None:
+    """The fault that the refusal prevents is real: a short document changes when a long one joins its pack."""
+    net = tiny("llama")
+    config = type(net.config)(**{**net.config.to_dict(), "max_position_embeddings": 8,
+                                 "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}})  # fmt: skip
+    leaky = AutoModelForCausalLM.from_config(config, attn_implementation="instil_loop").eval()
+    short, long = make_example([5, 6, 7], [8, 9]), make_example(list(range(30)), list(range(10)))
+    with torch.no_grad():
+        alone = hidden_states(leaky, build_pack([short], [0]))
+        joined = hidden_states(leaky, build_pack([short, long], [0, 1]))[: len(alone)]
+    assert not torch.allclose(alone, joined, atol=1e-4)

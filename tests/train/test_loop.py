@@ -299,7 +299,7 @@ def test_a_poisoned_weight_ends_the_run_before_it_spreads(begin: Any) -> None:
         run.go()
     assert caught.value.exit_code == 6
     first, rows = caught.value.lines()
-    assert first.startswith("step 0: loss ")
+    assert first.startswith("step 1: loss ")
     assert "the update was not applied" in first
     named = {run.loader.examples[i].origin for pack in run.loader.batch(0).packs for i in pack.examples}
     assert len(named) > 3

@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_finite_is_not_applied(
         step(net, optimizer, batch, lr=0.01, clip_norm=1.0)
     (line,) = caught.value.lines()
     assert caught.value.exit_code == 6
-    assert line.startswith("step 3: ")
+    assert line.startswith("step 4: ")
     assert "rate 0.01" in line
     assert "the update was not applied" in line
     assert all(torch.equal(p.nan_to_num(7), before[n].nan_to_num(7)) for n, p in net.named_parameters())

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 CHUNK_BYTES = 64 << 20  # of float32 logits that exist at one time
@@ -104,5 +105,6 @@ class _TargetsOnly(torch.autograd.Function):
         return nll, right
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_nll, _):  # type: ignore[no-untyped-def]
         return (*(None if d is None else d * d_nll for d in ctx.saved_tensors), None, None, None, None, None)

@@ -33,15 +33,19 @@ def device_named(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_model(folder: Path, *, dtype: torch.dtype, device: torch.device, probe: bool = True) -> PreTrainedModel:
+def load_model(
+    folder: Path, *, dtype: torch.dtype, device: torch.device, probe: bool = True, longest_tokens: int = 0
+) -> PreTrainedModel:
     """Load a causal language model from a local folder in `dtype`, with attention `instil_loop`.
 
     probe: compare the model on a pack of two documents with the model on each alone, before anything depends on it.
+    longest_tokens: of the examples to come; a model that would treat them otherwise in a pack than alone is refused.
     """
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     config = _read_config(folder)
     refuse_recurrent(config, folder)
+    refuse_lengths(config, longest_tokens, folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True,
@@ -91,6 +95,28 @@ def refuse_recurrent(config: Any, place: object) -> None:
         raise ModelError.at(place, f"{config.model_type} is an encoder-decoder", "use a causal language model")
 
 
+def refuse_lengths(config: Any, longest_tokens: int, place: object) -> None:
+    """Refuse examples longer than a limit beyond which a model's attention or positions depend on more than the example.
+
+    Attention windows and chunks are not cut exactly yet; rotary frequencies of the kinds `longrope` and `dynamic` change
+    for the whole pack with its longest document.
+    """
+    text = config.get_text_config()
+    limits: dict[str, Any] = {
+        "a sliding window": getattr(text, "sliding_window", None),
+        "attention chunks": getattr(text, "attention_chunk_size", None),
+    }
+    rope = getattr(text, "rope_parameters", None) or {}
+    for found in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if found.get("rope_type") in ("longrope", "dynamic"):
+            most = found.get("original_max_position_embeddings") or text.max_position_embeddings
+            limits[f"{found['rope_type']} positions, which change"] = most
+    for what, most in limits.items():
+        if most is not None and longest_tokens > most:
+            problem = f"{config.model_type} has {what} at {most:,} tokens, and an example has {longest_tokens:,}"
+            raise ModelError.at(place, problem, f"set pack.tokens to at most {most}, or use another model")
+
+
 def probe_isolation(net: PreTrainedModel, place: object) -> None:
     """Refuse a model whose packed documents differ from the documents alone, or whose logits are not our head's.
 
@@ -99,16 +125,20 @@ def probe_isolation(net: PreTrainedModel, place: object) -> None:
     vocabulary = int(net.get_input_embeddings().weight.shape[0])  # type: ignore[index,union-attr]
     first, second = (np.random.Philox(key=[7, n]).random_raw(n).astype(np.uint64) % vocabulary for n in (5, 7))
     device = next(net.parameters()).device
-    with torch.no_grad():
-        with attention(net, "sdpa"):
-            alone = net(input_ids=torch.from_numpy(second.astype(np.int64)).to(device)[None], use_cache=False).logits[0]
-        packed = _last_document(net, first, second)
-        perturbed = _last_document(net, (first + np.uint64(1)) % np.uint64(vocabulary), second)
-        head = head_of(net)
-        found = head.logits(packed)
+    kind = f"{type(net).__name__} ({net.config.model_type})"
+    try:
+        with torch.no_grad():
+            with attention(net, "sdpa"):
+                tokens = torch.from_numpy(second.astype(np.int64)).to(device)[None]
+                alone = net(input_ids=tokens, use_cache=False).logits[0]
+            packed = _last_document(net, first, second)
+            perturbed = _last_document(net, (first + np.uint64(1)) % np.uint64(vocabulary), second)
+            found = head_of(net).logits(packed)
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        what = f"{kind} does not run on a pack of documents: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        raise ModelError.at(place, what, "use another model") from error
     scale = float(alone.float().norm())
     tolerance = PROBE_TOLERANCE.get(alone.dtype, 0.1)
-    kind = f"{type(net).__name__} ({net.config.model_type})"
     if float((packed - perturbed).norm()) > 1e-4 * float(packed.norm()):
         what = f"{kind} leaks between the documents of a pack"
         raise ModelError.at(place, what, "it cannot be trained on packs; use another model")

@@ -20,6 +20,8 @@ def build_pack(examples: Sequence[Example], indices: Sequence[int]) -> Pack:
     start = 0
     for example, index in zip(examples, indices, strict=True):
         length, prompt = example.length_tokens, len(example.prompt_tokens)
+        if not prompt:
+            raise ValueError(f"{example.origin}: an example without prompt has nothing to predict its answer from")
         counted = np.flatnonzero(example.weights > 0)
         tokens.append(np.concatenate([example.prompt_tokens, example.answer_tokens[:-1]]))
         positions.append(np.arange(length))

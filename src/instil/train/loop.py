@@ -133,7 +133,8 @@ def _one_step(
         stats = train_step(net, optimizer, batch, lr=lr, clip_norm=plan.clip_norm)
     except DivergedError as error:
         origins = sorted({loader.examples[i].origin for pack in batch.packs for i in pack.examples})
-        rows = Problem(f"step {batch.step}", f"its rows: {', '.join(origins[:20])}", "")
+        more = f" and {len(origins) - 20} more" if origins[20:] else ""
+        rows = Problem(f"step {batch.step + 1}", f"its rows: {', '.join(origins[:20])}{more}", "")
         raise DivergedError(*error.problems, rows) from error
     seconds = time.monotonic() - start
     progress.step += 1

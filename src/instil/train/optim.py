@@ -27,9 +27,8 @@ class MasterAdamW:
             self.masters[name] = p if dtype == torch.float32 else p.detach().float()
             p.data = p.data.to(dtype)  # only parameters: buffers such as rotary frequencies stay float32
         self._owned = [name for name, p in self.parameters.items() if self.masters[name] is not p]
-        self._fresh: set[str] = set()  # masters whose gradient already holds part of this step's sum
+        self._sums = {name: torch.zeros_like(self.masters[name]) for name in self._owned}
         for name in self._owned:
-            self.masters[name].grad = torch.zeros_like(self.masters[name])
             self.parameters[name].register_post_accumulate_grad_hook(self._collector(name))
         groups: dict[float, list[Tensor]] = {weight_decay: []}
         for master in self.masters.values():
@@ -47,16 +46,12 @@ class MasterAdamW:
         self._cast()
 
     def zero(self) -> None:
-        """Forget the gradients; the first backward of a step overwrites the master's."""
-        self._fresh.clear()
-        for parameter in self.parameters.values():
-            parameter.grad = None
+        """Forget the gradients. A parameter that takes no part in the step will have none, and is not updated."""
+        for name, parameter in self.parameters.items():
+            parameter.grad = self.masters[name].grad = None
 
     def grad_norm(self) -> Tensor:
         """The 2-norm of all gradients together, as a 0-d tensor."""
-        for name in self._owned:
-            if name not in self._fresh:  # took no part in this step
-                self.masters[name].grad.zero_()  # type: ignore[union-attr]
         gradients = [m.grad for m in self.masters.values() if m.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
@@ -76,12 +71,11 @@ class MasterAdamW:
 
     def _collector(self, name: str):  # type: ignore[no-untyped-def]
         def collect(parameter: Tensor) -> None:
-            grad = self.masters[name].grad
-            if name in self._fresh:
-                grad.add_(parameter.grad)  # type: ignore[union-attr,arg-type]
+            total = self._sums[name]  # kept from step to step: no allocation, no page faults
+            if self.masters[name].grad is None:
+                self.masters[name].grad = total.copy_(parameter.grad)  # type: ignore[arg-type]
             else:
-                grad.copy_(parameter.grad)  # type: ignore[union-attr,arg-type]
-                self._fresh.add(name)
+                total.add_(parameter.grad)  # type: ignore[arg-type]
             parameter.grad = None
 
         return collect

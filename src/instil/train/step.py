@@ -42,7 +42,7 @@ def step(net: PreTrainedModel, optimizer: MasterAdamW, batch: Batch, *, lr: floa
     loss, targets = nll / batch.weight_sum, batch.target_tokens
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise DivergedError.at(
-            f"step {batch.step}",
+            f"step {batch.step + 1}",
             f"loss {loss:.4g}, gradient norm {grad_norm:.4g}, rate {lr:g}: not finite; the update was not applied",
             "lower train.lr, or look at the rows of this step with `instil inspect`",
         )

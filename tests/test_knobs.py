@@ -1,0 +1,368 @@
+"""Every key of the configuration changes something that can be seen from outside; one proof a key, none left out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import instil
+import tiny
+from instil.config import keys, load_config
+from instil.errors import MachineError
+
+STEPS_PER_EPOCH = 5  # 38 training rows of 40, 8 examples a step
+
+
+class Bench:
+    """Runs on one tiny model and forty rows, each setting trained once. `base` is the run with no further setting."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.model = tiny.write_model(folder / "m")
+        self.data = tiny.write_rows(folder / "a.jsonl", tiny.some_rows(40))
+        self.names = (f"run-{i}" for i in itertools.count())
+        self.run = cache(self._run)
+
+    def _run(self, *overrides: str) -> Path:
+        least = {"model": str(self.model), "data.train": [str(self.data)], "run.dir": str(self.folder / "runs")}
+        least["run.name"] = next(self.names)  # the made name is the same where only harmless keys differ
+        given = {} if any(o.startswith("train.batch_tokens") for o in overrides) else {"train.batch_examples": 8}
+        words = (*tiny.FAST, "train.lr=1e-2", "train.epochs=2", *overrides)
+        said = {word.partition("=")[0] for word in overrides}
+        merged = {k: v for k, v in (least | given).items() if k not in said}
+        return instil.train(load_config(None, words, merged))
+
+    @property
+    def base(self) -> Path:
+        return self.run()
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("knobs"))
+
+
+PROOFS: dict[str, Callable[[Bench], None]] = {}
+
+
+def knob(key: str) -> Callable[[Callable[[Bench], None]], Callable[[Bench], None]]:
+    """Register the proof of a key."""
+
+    def register(proof: Callable[[Bench], None]) -> Callable[[Bench], None]:
+        assert key not in PROOFS
+        PROOFS[key] = proof
+        return proof
+
+    return register
+
+
+def test_every_key_has_a_proof() -> None:
+    """A new key needs a proof that it does something; a proof without key is dead."""
+    assert set(PROOFS) == set(keys())
+
+
+@pytest.mark.parametrize("key", list(keys()))
+def test_the_knob_changes_something(key: str, bench: Bench) -> None:
+    """See the proof of the key."""
+    PROOFS[key](bench)
+
+
+def tensors(run: Path, file: str = "model/model.safetensors") -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(run / file)
+
+
+def same_weights(run: Path, other: Path) -> bool:
+    import torch
+
+    mine, its = tensors(run), tensors(other)
+    return mine.keys() == its.keys() and all(torch.equal(mine[name], its[name]) for name in mine)
+
+
+def read(run: Path, name: str) -> Any:
+    return json.loads((run / name).read_text())
+
+
+def rates(run: Path) -> list[float]:
+    return [record["lr"] for record in tiny.metrics_of(run)]
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(folder.name for folder in (run / "checkpoints").iterdir())
+
+
+# ── model and data ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@knob("model")
+def _(bench: Bench) -> None:
+    other = tiny.write_model(bench.folder / "wide", hidden_size=64)
+    run = bench.run(f"model={other}")
+    assert read(run, "model/config.json")["hidden_size"] == 64
+    assert read(bench.base, "model/config.json")["hidden_size"] == 32
+
+
+@knob("template")
+def _(bench: Bench) -> None:
+    file = bench.folder / "t.jinja"
+    file.write_text("<|endoftext|>" + tiny.CHATML)  # one token more in each prompt
+    run = bench.run(f"template={file}")
+    assert (run / "model" / "chat_template.jinja").read_text() == file.read_text()
+    more = (
+        read(run, "summary.json")["rows"]["prompt_tokens"] - read(bench.base, "summary.json")["rows"]["prompt_tokens"]
+    )
+    assert more == 40
+
+
+@knob("data.train")
+def _(bench: Bench) -> None:
+    other = tiny.write_rows(bench.folder / "b.jsonl", tiny.some_rows(60)[40:])
+    run = bench.run(f"data.train=[{bench.data}, {other}]")
+    assert read(run, "summary.json")["rows"]["rows"] == 60
+    assert str(other) in (run / "ledger.jsonl").read_text()
+    assert read(bench.base, "summary.json")["rows"]["rows"] == 40
+
+
+@knob("data.heldout")
+def _(bench: Bench) -> None:
+    assert read(bench.run("data.heldout=0.5"), "summary.json")["rows"]["heldout_rows"] == 20
+    none = read(bench.run("data.heldout=0"), "summary.json")
+    assert (none["rows"]["heldout_rows"], none["loss_before"], none["loss_after"]) == (0, None, None)
+    file = tiny.write_rows(bench.folder / "h.jsonl", [tiny.row("what", "else")])
+    assert read(bench.run(f"data.heldout={file}"), "summary.json")["rows"]["heldout_rows"] == 1
+
+
+@knob("data.heldout_most")
+def _(bench: Bench) -> None:
+    run = bench.run("data.heldout=0.5", "data.heldout_most=3")
+    assert read(run, "summary.json")["rows"]["heldout_rows"] == 3
+
+
+@knob("pack.tokens")
+def _(bench: Bench) -> None:
+    lengths = [
+        len(e.prompt_tokens) + len(e.answer_tokens) - 1 for e in instil.examples([str(bench.data)], str(bench.model))
+    ]
+    run = bench.run("pack.tokens=20")
+    rows = read(run, "summary.json")["rows"]
+    assert rows["dropped_by_rule"] == {"too_long": sum(n > 20 for n in lengths)}
+    assert 0 < rows["dropped_rows"] < 40
+    assert read(bench.base, "summary.json")["rows"]["dropped_rows"] == 0
+
+
+# ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@knob("train.lr")
+def _(bench: Bench) -> None:
+    run = bench.run("train.lr=1e-3")
+    assert max(rates(run)) == 1e-3
+    assert max(rates(bench.base)) == 1e-2
+    assert not same_weights(run, bench.base)
+
+
+@knob("train.epochs")
+def _(bench: Bench) -> None:
+    records = tiny.metrics_of(bench.run("train.epochs=3"))
+    assert len(tiny.metrics_of(bench.base)) == 2 * STEPS_PER_EPOCH
+    assert len(records) == 3 * STEPS_PER_EPOCH
+    assert [r["epoch"] for r in records] == [i // STEPS_PER_EPOCH for i in range(3 * STEPS_PER_EPOCH)]
+
+
+@knob("train.steps")
+def _(bench: Bench) -> None:
+    assert len(tiny.metrics_of(bench.run("train.steps=3"))) == 3
+    assert len(tiny.metrics_of(bench.run("train.steps=1000"))) == 2 * STEPS_PER_EPOCH
+
+
+@knob("train.batch_tokens")
+def _(bench: Bench) -> None:
+    for batch in (20, 70):
+        run = bench.run(f"train.batch_tokens={batch}")
+        records = tiny.metrics_of(run)
+        epoch = sum(r["target_tokens"] for r in records) / 2
+        assert len(records) == 2 * round(epoch / batch)
+        assert epoch / (len(records) / 2) == pytest.approx(batch, rel=0.2)  # on average
+
+
+@knob("train.batch_examples")
+def _(bench: Bench) -> None:
+    records = tiny.metrics_of(bench.run("train.batch_examples=19"))
+    assert len(records) == 2 * 2
+    assert sum(r["examples"] for r in records) == 2 * 38
+
+
+@knob("train.schedule")
+def _(bench: Bench) -> None:
+    constant, linear, cosine = (rates(bench.run(f"train.schedule={s}", "train.warmup=0")) for s in
+                                ("constant", "linear", "cosine"))  # fmt: skip
+    assert constant == [1e-2] * 10
+    steps = [a - b for a, b in itertools.pairwise(linear)]
+    assert steps == pytest.approx([1e-3] * 9)  # from 1e-2 to a tenth in nine even steps
+    assert cosine == pytest.approx([1e-2 * (0.1 + 0.45 * (1 + math.cos(math.pi * i / 9))) for i in range(10)])
+
+
+@knob("train.warmup")
+def _(bench: Bench) -> None:
+    rising = rates(bench.run("train.warmup=0.5"))
+    assert rising[:5] == pytest.approx([2e-3, 4e-3, 6e-3, 8e-3, 1e-2])
+    assert rates(bench.base)[0] == 1e-2
+
+
+@knob("train.weight_decay")
+def _(bench: Bench) -> None:
+    free, held = bench.run("data.heldout=0"), bench.run("data.heldout=0", "train.weight_decay=1")
+    unseen = 255  # the token of a byte that no row has: nothing but the decay moves its embedding
+    before = tensors(bench.folder, "m/model.safetensors")["model.embed_tokens.weight"][unseen]
+    kept = 1.0
+    for rate in rates(held):
+        kept *= 1 - rate
+    after = tensors(held)["model.embed_tokens.weight"][unseen]
+    assert after.tolist() == pytest.approx((kept * before).tolist(), rel=1e-5)
+    assert tensors(free)["model.embed_tokens.weight"][unseen].tolist() == before.tolist()
+
+
+@knob("train.clip_norm")
+def _(bench: Bench) -> None:
+    off, wide, tight = (bench.run(f"train.clip_norm={c}") for c in (0, 1e9, 0.1))
+    assert same_weights(off, wide)
+    assert not same_weights(off, tight)
+    first = [tiny.metrics_of(run)[0]["grad_norm"] for run in (off, tight)]
+    assert first[0] == first[1] > 0.1  # the norm in the record is the gradient's own
+
+
+@knob("train.precision")
+def _(bench: Bench) -> None:
+    run = bench.run("train.precision=bf16")
+    assert {str(t.dtype) for t in tensors(run).values()} == {"torch.bfloat16"}
+    assert {str(t.dtype) for t in tensors(bench.base).values()} == {"torch.float32"}
+    losses = [[r["loss"] for r in tiny.metrics_of(r)] for r in (run, bench.base)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+@knob("train.seed")
+def _(bench: Bench) -> None:
+    run = bench.run("train.seed=1")
+    assert [r["loss"] for r in tiny.metrics_of(run)] != [r["loss"] for r in tiny.metrics_of(bench.base)]
+    a, b = (tensors(bench.run("adapter.rank=2", "train.steps=1", f"train.seed={s}"), "adapter/adapter_model.safetensors")
+            for s in (0, 1))  # fmt: skip
+    name = next(name for name in a if "lora_A" in name)
+    assert not (a[name] == b[name]).any()  # new weights are of the seed too
+
+
+# ── adapters ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@knob("adapter.rank")
+def _(bench: Bench) -> None:
+    for rank in (2, 4):
+        shapes = {t.shape[0] for n, t in tensors(bench.run(f"adapter.rank={rank}"), "adapter/adapter_model.safetensors")
+                  .items() if "lora_A" in n}  # fmt: skip
+        assert shapes == {rank}
+    assert not (bench.base / "adapter").exists()
+
+
+@knob("adapter.alpha")
+def _(bench: Bench) -> None:
+    plain, strong = bench.run("adapter.rank=2"), bench.run("adapter.rank=2", "adapter.alpha=16")
+    assert read(plain, "adapter/adapter_config.json")["lora_alpha"] == 4
+    assert read(strong, "adapter/adapter_config.json")["lora_alpha"] == 16
+    name = "model.layers.0.self_attn.q_proj.weight"
+    adapter = tensors(strong, "adapter/adapter_model.safetensors")
+    a, b = (adapter[f"base_model.model.{name.removesuffix('.weight')}.lora_{x}.weight"] for x in "AB")
+    change = tensors(strong)[name] - tensors(bench.folder, "m/model.safetensors")[name]
+    assert change.tolist() == [pytest.approx(row, abs=1e-5) for row in (16 / 2 * (b @ a)).tolist()]
+
+
+@knob("adapter.targets")
+def _(bench: Bench) -> None:
+    run = bench.run("adapter.rank=2", "adapter.targets=[q_proj, up_proj]")
+    names = tensors(run, "adapter/adapter_model.safetensors")
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in names} == {"q_proj", "up_proj"}
+    every = tensors(bench.run("adapter.rank=2"), "adapter/adapter_model.safetensors")
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in every} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+
+
+# ── measuring and saving ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@knob("evaluate.every_steps")
+def _(bench: Bench) -> None:
+    run = bench.run("evaluate.every_steps=4")
+    assert list(read(run, "summary.json")["heldout_losses"]) == ["0", "4", "8", "10"]
+    assert [r["step"] for r in tiny.metrics_of(run) if "heldout_loss" in r] == [4, 8, 10]
+    assert same_weights(run, bench.base)
+
+
+@knob("evaluate.examples")
+def _(bench: Bench) -> None:
+    one, both, more = (bench.run(f"evaluate.examples={n}") for n in (1, 2, 3))
+    losses = [read(run, "summary.json")["loss_before"] for run in (one, both, more)]
+    assert losses[0] != losses[1]
+    assert losses[1] == losses[2]  # two rows are held out
+    assert same_weights(one, both)
+
+
+@knob("checkpoint.every_steps")
+def _(bench: Bench) -> None:
+    run = bench.run("checkpoint.every_steps=3", "checkpoint.keep=9")
+    assert checkpoints(run) == ["step-000003", "step-000006", "step-000009"]
+    assert not (bench.base / "checkpoints").exists()
+    assert same_weights(run, bench.base)
+
+
+@knob("checkpoint.every_s")
+def _(bench: Bench) -> None:
+    run = bench.run("checkpoint.every_s=1e-9", "checkpoint.keep=99")
+    assert checkpoints(run) == [f"step-{step:06d}" for step in range(1, 10)]  # the last step becomes the model
+
+
+@knob("checkpoint.keep")
+def _(bench: Bench) -> None:
+    for keep in (1, 2):
+        run = bench.run("checkpoint.every_steps=3", f"checkpoint.keep={keep}")
+        assert checkpoints(run) == ["step-000006", "step-000009"][-keep:]
+
+
+# ── where and on what ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@knob("run.dir")
+def _(bench: Bench) -> None:
+    run = bench.run(f"run.dir={bench.folder / 'elsewhere'}")
+    assert run.parent == bench.folder / "elsewhere"
+    assert (run / "summary.json").is_file()
+
+
+@knob("run.name")
+def _(bench: Bench) -> None:
+    assert bench.run("run.name=mine") == bench.folder / "runs" / "mine"
+
+
+@knob("run.device")
+def _(bench: Bench) -> None:
+    run = bench.run("run.device=cpu", "run.name=on-cpu")
+    assert read(run, "manifest.json")["numerics"]["device"] == "cpu"
+    with pytest.raises(MachineError, match="cuda:99"):
+        bench.run("run.device=cuda:99", "run.name=nowhere")
+
+
+@knob("run.threads")
+def _(bench: Bench) -> None:
+    import torch
+
+    for threads in (1, 2):
+        run = bench.run(f"run.threads={threads}", f"run.name=threads-{threads}", "train.steps=1")
+        assert torch.get_num_threads() == threads
+        assert read(run, "manifest.json")["numerics"]["threads"] == threads
