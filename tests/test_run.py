@@ -240,6 +240,20 @@ def test_a_run_cut_off_after_its_model_ends_the_same(
     assert tiny.without_times(tiny.metrics_of(run)) == tiny.without_times(tiny.metrics_of(whole))
 
 
+def test_a_resumed_run_prepares_nothing_again(
+    place: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the pack that was chosen is smaller than the model's context, which was the limit at the start."""
+    from instil import prepare
+
+    tiny.write_model(place / "m", max_position_embeddings=100_000)
+    run = stopped_at(2, configure())
+    (before,) = (run / "packs").iterdir()
+    monkeypatch.setattr(prepare, "load_conversations", None)
+    train(configure())
+    assert list((run / "packs").iterdir()) == [before]
+
+
 # ── where numbers end ────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -15,7 +15,7 @@ from run import DATA, HELDOUT_ROWS, HERE, SEED, TRAIN_ROWS, measured
 
 import instil
 from data import write
-from instil.cli.console import errors, put, say, step_printer
+from instil.cli.console import errors, put, say, share_cores, step_printer
 
 NARROW = Path("runs/demo-narrow-data")
 BARS = (("valid", "valid JSON"), ("values", "right values"), ("exact", "exact records"))
@@ -80,5 +80,6 @@ def picture(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    share_cores()
     with errors():
         main()

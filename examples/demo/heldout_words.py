@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
+import lists
+from lists import on_side
 from words import Words, lines, pairs, products
 
-FIRST = """
-Adele Boris Celeste Damian Edith Florian Greta Harvey Ingrid Jasper Kathleen Leon Miriam Noah Ophelia Pablo Renata
-Simon Talia Umberto Valerie Wesley Yasmin Zachary Astrid Bernard Corinne Dexter Elsa Finn
-"""
-LAST = """
-Andersen Becker Costa Dixon Evans Ferrari Grant Hayashi Ingram Jackson Klein Lehmann Murphy Nilsson Owens Parker
-Rivera Santos Taylor Vaughn Wright Yates Zapata Barker Chavez Dalton Ferguson Gibson Harper Kennedy
-"""
-ADJECTIVES = "golden crimson oak granite denim waterproof green square nylon light iron grey"
-NOUNS = """
-armchair bookcase tablecloth hairdryer skateboard raincoat coffeepot microphone birdhouse corkscrew flashlight hammock
-kayak laptop stroller sunhat toolbox vacuum mixer stapler
-"""
-
+FIRST = on_side(lists.FIRST, heldout=True)
+LAST = on_side(lists.LAST, heldout=True)
+FIRST_WORDS = on_side(f"{lists.ADJECTIVES} {lists.KINDS}", heldout=True)
+NOUNS = on_side(lists.NOUNS, heldout=True)
 
 HELDOUT = Words(
     names=pairs(FIRST, LAST),
-    products=products(ADJECTIVES, NOUNS),
+    products=products(FIRST_WORDS, NOUNS),
     greetings=lines("good afternoon\n hello there\n dear shop"),
     intros=lines("{name} is writing\n the name is {name}\n you are hearing from {name}\n hello from {name}"),
     sign_offs=lines("kind regards, {name}\n sincerely, {name}\n with thanks, {name}\n yours truly, {name}"),

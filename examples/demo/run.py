@@ -10,10 +10,9 @@ import orjson
 
 import instil
 from data import write
-from instil.cli.console import counter, duration, errors, put, say, step_printer
+from instil.cli.console import counter, duration, errors, put, say, share_cores, step_printer
 from instil.cli.evaluate import table
 from instil.evaluate.tasks import TaskSummary
-from instil.measure import Answer
 
 HERE = Path(__file__).parent
 DATA = Path("runs/demo-data")
@@ -48,6 +47,8 @@ def main() -> None:
 def measured(model: str, file: Path) -> instil.Evaluation:
     """Measure on the held-out rows, or read what an earlier start of the demo measured."""
     if file.exists():
+        from instil.measure import Answer
+
         found = orjson.loads(file.read_bytes())
         for summary in found["tasks"].values():
             del summary["exact_share"]
@@ -60,5 +61,6 @@ def measured(model: str, file: Path) -> instil.Evaluation:
 
 
 if __name__ == "__main__":
+    share_cores()
     with errors():
         main()

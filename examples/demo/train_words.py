@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from train_names import ADJECTIVES, FIRST, LAST, NOUNS
+import lists
+from lists import on_side
 from words import Words, lines, pairs, products
+
+FIRST = on_side(lists.FIRST, heldout=False)
+LAST = on_side(lists.LAST, heldout=False)
+ADJECTIVES = on_side(lists.ADJECTIVES, heldout=False)
+KINDS = on_side(lists.KINDS, heldout=False)
+NOUNS = on_side(lists.NOUNS, heldout=False)
 
 TRAIN = Words(
     names=pairs(FIRST, LAST),
-    products=products(ADJECTIVES, NOUNS),
+    products=products(f"{ADJECTIVES} {KINDS}", NOUNS),
     greetings=lines(
         "hi\n hello\n hey\n good morning\n dear team\n hi there\n hello all\n dear support\n hey team\n hi team"
     ),

@@ -143,7 +143,7 @@ def _validated(tree: dict[str, Any], places: Mapping[str, str]) -> Config:
         found: dict[str, Problem] = {}
         for e in error.errors():
             problem = _problem(e, known, places)
-            if e["type"] != "string_type" or problem.place not in found:  # of `text or number`, say what the number lacks
+            if e["type"] != "string_type" or problem.place not in found:  # of `text or number` the number says more
                 found[problem.place] = problem
         raise UsageError(*found.values()) from None
     if config.train.batch_tokens and config.train.batch_examples:

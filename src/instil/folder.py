@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import os
 import platform
 import re
@@ -108,7 +109,7 @@ def claim(config: Config, *, fresh: bool) -> Iterator[RunFolder]:
     with contextlib.ExitStack() as locks:
         locks.enter_context(_locked(run.path))
         if fresh and (run.finished or run.config.exists()):
-            aside = run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+            aside = _unused(run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"))
             run.path.rename(aside)
             locks.enter_context(_locked(run.path))
         try:
@@ -138,6 +139,12 @@ def _locked(folder: Path) -> Iterator[None]:
         handle.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         handle.flush()
         yield
+
+
+def _unused(folder: Path) -> Path:
+    """`folder`, or with a number behind it where that is taken."""
+    names = itertools.chain([folder], (folder.with_name(f"{folder.name}-{i}") for i in itertools.count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def _take_back(folder: Path, made: Sequence[Path], aside: Path | None) -> None:

@@ -19,7 +19,7 @@ from instil.config import Config
 from instil.data.ledger import LedgerEntry, Side, ledger_counts, write_ledger
 from instil.data.mixture import Loaded, leaks, load_conversations, split_heldout
 from instil.data.sources import file_digest
-from instil.errors import DataError, InstilError, Problem
+from instil.errors import DataError, InstilError, ModelError, Problem
 from instil.folder import RunFolder
 from instil.model.locate import locate
 from instil.pack.store import ExampleStore, open_store, publish, store_key
@@ -126,7 +126,7 @@ def _side(
         raise DataError(*pairs.problems)
     certificate, faults = certify(pairs.examples, rows, chat.tokenizer, chat.template, digests) if rows else ({}, [])
     if faults:
-        raise InstilError(*faults)
+        raise ModelError(*faults)
     by_row: dict[str, list[Example]] = defaultdict(list)
     for example in pairs.examples:
         by_row[example.origin].append(example)

@@ -44,6 +44,11 @@ def _fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def began_on(run: RunFolder) -> str | None:
+    """The date that a template saw when the run began, for templates that ask."""
+    return orjson.loads(run.manifest.read_bytes())["date"] if run.manifest.exists() else None
+
+
 def refuse_changed(run: RunFolder, now: dict[str, Any]) -> None:
     """Raise where the data (exit 3) or the model, tokenizer or template (exit 4) is not what the run began with."""
     if not run.manifest.exists():

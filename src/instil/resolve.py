@@ -10,6 +10,7 @@ from instil.errors import Problem, UsageError
 from instil.model.adapters import default_alpha
 from instil.pack.plan import StepPlan, plan_steps
 from instil.pack.store import ExampleStore
+from instil.train.loop import LoopPlan
 from instil.train.schedule import default_batch_examples, default_epochs, default_rate
 
 
@@ -61,3 +62,13 @@ def total_steps(config: Config, plan: StepPlan) -> int:
     """Updates of the whole run: epochs * steps of an epoch, at most train.steps."""
     steps = (config.train.epochs or 1) * plan.steps_per_epoch
     return min(steps, config.train.steps) if config.train.steps else steps
+
+
+def loop_plan(config: Config, checkpoints: Path, steps: int) -> LoopPlan:
+    """What a resolved configuration tells the loop."""
+    t, c = config.train, config.checkpoint
+    return LoopPlan(
+        steps=steps, peak_lr=t.lr or 0.0, schedule=t.schedule, warmup=t.warmup, clip_norm=t.clip_norm,
+        measure_every_steps=config.evaluate.every_steps or steps, save_every_steps=c.every_steps,
+        save_every_s=c.every_s, keep=c.keep, checkpoints=checkpoints,
+    )  # fmt: skip

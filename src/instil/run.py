@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
 import torch
 from transformers import PreTrainedModel
 
@@ -23,11 +22,11 @@ from instil.model.machine import set_up_machine
 from instil.model.memory import fitting_tokens
 from instil.pack.loader import Loader
 from instil.prepare import Prepared, data_digests, open_chat, prepare
-from instil.record import announcement, identity, refuse_changed, summary, write_record
+from instil.record import announcement, began_on, identity, refuse_changed, summary, write_record
 from instil.report.page import write_report
-from instil.resolve import recorded, resolve, total_steps
+from instil.resolve import loop_plan, recorded, resolve, total_steps
 from instil.train import checkpoint
-from instil.train.loop import LoopPlan, Progress
+from instil.train.loop import Progress
 from instil.train.loop import train as train_loop
 from instil.train.optim import MasterAdamW
 
@@ -54,13 +53,13 @@ def train(config: Config, *, fresh: bool = False, listener: Listener | None = No
     model = locate(config.model, need_weights=True)
     with claim(config, fresh=fresh) as run:
         config = recorded(config, run.config)
-        chat = open_chat(model.path, config.template, _began_on(run))
+        chat = open_chat(model.path, config.template, began_on(run))
         digests = data_digests(config)
         what = identity(model, chat, digests)
         refuse_changed(run, what)
         if run.finished:
             tell.say(f"{run.path} is finished already; --fresh starts it over")
-            return run.path
+            return write_report(run.path).parent
         data = prepare(config, model.path, chat, digests, run)
         net = load_model(
             model.path, dtype=dtype if config.adapter.rank else torch.float32, device=device,
@@ -74,28 +73,21 @@ def train(config: Config, *, fresh: bool = False, listener: Listener | None = No
         for line in announcement(config, data, net, steps):
             tell.say(line)
         progress = _resume(run, optimizer, tell)
-        net.config.use_cache = False
 
         def log(record: dict[str, Any]) -> None:
             append_metrics(run.metrics, record)
             tell.on_step(record, steps)
 
         loader = Loader(data.train, data.train.lengths, plan, config.train.seed)
-        loop_plan, measure = _loop_plan(config, run, steps), _measure(net, data, config)
-        train_loop(net, optimizer, loader, loop_plan, progress, measure=measure, log=log, facts=what)
+        plan_of_loop, measure = loop_plan(config, run.checkpoints, steps), _measure(net, data, config)
+        train_loop(net, optimizer, loader, plan_of_loop, progress, measure=measure, log=log, facts=what)
         if adapted is not None:
             write_folder(run.adapter, lambda folder: save_adapter(adapted, folder))
             net = merged(adapted)
         stops = [data.record["certificate"]["train"]["terminator"]["id"]]
         export_model(net.eval(), run.model, source=model.path, template=chat.template.source, terminator_ids=stops)
         write_json(run.summary, summary(config, progress, data, time.monotonic() - began))
-        write_report(run.path)
-        return run.path
-
-
-def _began_on(run: RunFolder) -> str | None:
-    """The date that a template saw when the run began, for templates that ask."""
-    return orjson.loads(run.manifest.read_bytes())["date"] if run.manifest.exists() else None
+        return write_report(run.path).parent
 
 
 def _resume(run: RunFolder, optimizer: MasterAdamW, tell: Listener) -> Progress:
@@ -121,12 +113,3 @@ def _measure(net: PreTrainedModel, data: Prepared, config: Config) -> Callable[[
         return None
     some = [data.heldout[i] for i in range(min(config.evaluate.examples, len(data.heldout)))]
     return lambda: answer_loss(net, some, pack_tokens=config.pack.tokens or 1).loss
-
-
-def _loop_plan(config: Config, run: RunFolder, steps: int) -> LoopPlan:
-    t, c = config.train, config.checkpoint
-    return LoopPlan(
-        steps=steps, peak_lr=t.lr or 0.0, schedule=t.schedule, warmup=t.warmup, clip_norm=t.clip_norm,
-        measure_every_steps=config.evaluate.every_steps or steps, save_every_steps=c.every_steps,
-        save_every_s=c.every_s, keep=c.keep, checkpoints=run.checkpoints,
-    )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,15 @@ import typer
 
 from instil.errors import InstilError
 from instil.report.escape import visible_lines
+
+
+def share_cores() -> None:
+    """Call before torch is imported: waiting threads spin for about 0.1 ms, then sleep.
+
+    libgomp's default is to spin for minutes; on a core that another process needs too, that made single steps ten times
+    slower (docs/speed.md). A value that the user has set stays.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 
 def say(line: str) -> None:

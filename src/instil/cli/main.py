@@ -9,6 +9,7 @@ import typer
 
 from instil import __version__
 from instil.cli import chat, check, evaluate, inspect, train
+from instil.cli.console import share_cores
 
 app = typer.Typer(
     name="instil",
@@ -39,6 +40,7 @@ def _root(
 
 def main() -> None:
     """The `instil` command."""
+    share_cores()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -43,7 +43,9 @@ def export_model(net: PreTrainedModel, out: Path, *, source: Path, template: str
 
 def _stopping(net: PreTrainedModel, terminator_ids: list[int]) -> GenerationConfig:
     """The model's generation config with the terminators first among its eos ids."""
-    config = GenerationConfig.from_dict((net.generation_config or GenerationConfig()).to_dict())
+    known_fields = (net.generation_config or GenerationConfig()).to_dict()
+    known_fields.pop("_from_model_config", None)  # it is no longer what the model's config alone says
+    config = GenerationConfig.from_dict(known_fields)
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ids = dict.fromkeys([*terminator_ids, *(i for i in known if i is not None)])
     config.eos_token_id = list(ids)

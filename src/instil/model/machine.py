@@ -13,7 +13,8 @@ import torch
 # glibc's mallopt parameters (malloc.h). Big temporaries are otherwise mapped and given back on every use, and their
 # page faults cost a good part of a CPU step (docs/speed.md).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-KEEP_BYTES = 1 << 30
+KEEP_BYTES = 1 << 30  # free memory at the top of the heap that is kept
+HEAP_BYTES = 32 << 20  # larger blocks are mapped and given back: on the heap, blocks of changing size fragment it
 
 
 def set_up_machine(threads: int | None) -> None:
@@ -22,9 +23,17 @@ def set_up_machine(threads: int | None) -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another libc than glibc has no mallopt
             mallopt = ctypes.CDLL(None).mallopt
-            mallopt(M_MMAP_THRESHOLD, KEEP_BYTES)
+            mallopt(M_MMAP_THRESHOLD, HEAP_BYTES)
             mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
             mallopt(M_TOP_PAD, 64 << 20)
+
+
+def release_free_memory() -> None:
+    """Give the heap's free pages back (glibc's malloc_trim). Blocks of changing size leave holes that nothing fits into;
+    without this the resident memory of a run grows with its steps."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory_bytes() -> int:

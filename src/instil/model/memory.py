@@ -32,6 +32,6 @@ def fitting_tokens(net: PreTrainedModel, dtype: torch.dtype, device: torch.devic
         trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
         budget, most = 0.5 * (free - 16.0 * trainable), GPU_MOST_TOKENS
     else:
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        budget, most = min(CPU_BUDGET_BYTES, 0.25 * available), CPU_MOST_TOKENS
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # of the machine: the same at every start
+        budget, most = min(CPU_BUDGET_BYTES, 0.1 * memory), CPU_MOST_TOKENS
     return int(min(most, max(LEAST_TOKENS, budget / activation_bytes_per_token(net, dtype))))

@@ -13,12 +13,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from instil.errors import DivergedError, Problem, Stopped
+from instil.model.machine import release_free_memory
 from instil.pack.loader import Loader
 from instil.train import checkpoint
 from instil.train.optim import MasterAdamW
 from instil.train.schedule import Schedule, learning_rate
 from instil.train.step import step as train_step
 
+RELEASE_EVERY_STEPS = 8  # measured: less than 1% of the time, and memory stays level
 FORCE_S = 2.0  # a second Ctrl-C within this time leaves at once
 
 
@@ -101,6 +103,8 @@ def train(
                 heldout()
                 record["heldout_loss"] = progress.heldout.get(str(progress.step))
             log(record)
+            if progress.step % RELEASE_EVERY_STEPS == 0:
+                release_free_memory()
             due = (
                 progress.step % plan.save_every_steps == 0
                 if plan.save_every_steps
