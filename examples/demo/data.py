@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from heldout_words import HELDOUT
 from train_words import NARROW, TRAIN
-from words import DETERMINERS, ISSUES, MONTHS, Words
+from words import DETERMINERS, ISSUES, MONTHS, SIZES, TITLES, Words
 
 Side = Literal["train", "heldout"]
 Variety = Literal["wide", "narrow"]
@@ -125,8 +125,8 @@ def _values(words: Words, rng: random.Random) -> dict[str, str]:
     day = FIRST_DAY + timedelta(days=rng.randrange(DAYS))
     month = MONTHS[day.month - 1]  # not strftime, which follows the locale
     return {
-        "name": " ".join(rng.choice(words.names)),
-        "product": rng.choice(words.products),
+        "name": " ".join((rng.choice(TITLES), *rng.choice(words.names))),
+        "product": f"{rng.choice(SIZES)} {rng.choice(words.products)}",
         "order": str(rng.randrange(3000, 10000)),  # never a year
         "date": rng.choice((f"{day.day} {month} {day.year}", f"{month} {day.day}, {day.year}")),
         "iso": day.isoformat(),

@@ -81,12 +81,12 @@ colourful concrete convertible coral corded cordless cork corner cosy cream crys
 decorative deep deluxe digital dotted double dual durable ebony embroidered emerald enamel engraved ergonomic
 extendable fancy faux felt firm flat fleece flexible floral fluffy foam foldable forest framed fringed frosted fuzzy
 gilded ginger glazed glossy grained gold gothic handmade hanging hexagonal hollow hybrid indigo inflatable insulated
-ivory jade jumbo jute khaki knitted lace lacquered large lavender lilac lime lined long low luxury mahogany maple
-maroon mauve matte medium mesh metal metallic mini mint miniature mobile modern modular mossy mustard natural navy
+ivory jade jumbo jute khaki knitted lace lacquered lavender lilac lime lined long low luxury mahogany maple
+maroon mauve matte mesh metal metallic mint miniature mobile modern modular mossy mustard natural navy
 neon noisy ocean octagonal olive opal organic ornate outdoor pale paper pastel patched patterned pearl perforated
 pewter pine pink plain plush pocket polished porcelain powered printed pure quiet rattan raw recycled red reusable
 reversible ribbed rigid rose rosewood rough royal ruby ruffled rugged rustic rusty salmon sand satin scarlet scented
-sealed sequined shallow sheer shiny short silent silicone silk simple slate sleek slotted small smart smoked smooth
+sealed sequined shallow sheer shiny short silent silicone silk simple slate sleek slotted smart smoked smooth
 soft solar solid spare speckled spiral spotted stackable stained steady sturdy suede super tan tartan taupe teak thick
 thin tiled tiny tinted titanium topaz tough transparent travel tribal triple turquoise tweed twin twisted ultra
 upright violet walnut warm washable wavy waxed wicker wide willow wired golden crimson oak granite denim waterproof

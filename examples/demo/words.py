@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 Phrases = tuple[str, ...]
 
+# The shop's own few words, which both sides use: how it addresses people, and the sizes of what it sells.
+TITLES: Phrases = ("Mr", "Ms", "Mrs", "Dr")
+SIZES: Phrases = ("small", "medium", "large")
+
 DETERMINERS: Phrases = ("the", "my", "our", "this")
 MONTHS = "January February March April May June July August September October November December".split()
 ISSUES: Phrases = ("broken", "late", "wrong", "refund", "question")
