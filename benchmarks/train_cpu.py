@@ -40,16 +40,20 @@ def main() -> None:
 
 def measure(steps: int, batch: int, allocator: str) -> dict[str, object]:
     """Median seconds of a step, and what it computed."""
+    from instil.cli.console import share_cores
+
+    share_cores()
     import torch
 
     from instil.model.load import load_model
     from instil.model.locate import locate
-    from instil.model.machine import peak_memory_bytes, set_up_machine
+    from instil.model.machine import peak_memory_bytes, release_free_memory, set_up_machine
     from instil.model.memory import fitting_tokens
     from instil.pack.loader import Loader
     from instil.pack.plan import plan_steps
     from instil.pack.store import open_store, publish
     from instil.prepare import examples
+    from instil.train.loop import RELEASE_EVERY_STEPS
     from instil.train.optim import MasterAdamW
     from instil.train.step import step
 
@@ -70,6 +74,8 @@ def measure(steps: int, batch: int, allocator: str) -> dict[str, object]:
             data = loader.batch(i)
             wall, process = time.perf_counter(), time.process_time()
             stats = step(net, optimizer, data, lr=1e-5, clip_norm=1.0)
+            if i % RELEASE_EVERY_STEPS == 0:
+                release_free_memory()
             seconds.append(time.perf_counter() - wall)
             cpu_seconds.append(time.process_time() - process)
             computed.append(stats.computed_tokens)
