@@ -59,7 +59,7 @@ def train(config: Config, *, fresh: bool = False, listener: Listener | None = No
         refuse_changed(run, what)
         if run.finished:
             tell.say(f"{run.path} is finished already; --fresh starts it over")
-            return write_report(run.path).parent
+            return run.path if run.report.exists() else write_report(run.path).parent
         data = prepare(config, model.path, chat, digests, run)
         net = load_model(
             model.path, dtype=dtype if config.adapter.rank else torch.float32, device=device,
