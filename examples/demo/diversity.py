@@ -35,7 +35,7 @@ def main() -> None:
         tuned = measured(str(run), run / "tuned.json").tasks["record"]
         summary = orjson.loads((run / "summary.json").read_bytes())
         results[name] = {
-            "rows": TRAIN_ROWS if name == "wide" else TRAIN_ROWS // 2,
+            **variety_of(DATA if name == "wide" else NARROW),
             "epochs": summary["epochs"],
             "computed_tokens": summary["computed_tokens"],
             "heldout_loss": summary["loss_after"],
@@ -49,12 +49,23 @@ def main() -> None:
     put(orjson.dumps(results, option=orjson.OPT_INDENT_2).decode())
 
 
+def variety_of(folder: Path) -> dict[str, int]:
+    """How many rows there are to learn, and how many different names and products their records hold."""
+    rows = [orjson.loads(line) for line in (folder / "train.jsonl").read_bytes().splitlines()]
+    records = [orjson.loads(row["messages"][-1]["content"]) for row in rows if row["task"] == "record"]
+    return {
+        "rows": len(rows),
+        "names": len({record["name"].split(" ", 1)[1] for record in records}),
+        "products": len({record["product"].split(" ", 1)[1] for record in records}),
+    }
+
+
 def picture(results: dict[str, Any]) -> str:
     """Two groups of three bars, in per cent."""
     n, w = results["narrow"], results["wide"]
     rows = [
-        ("narrow", f"12 names, 10 products; {n['rows']:,} rows x {n['epochs']} epochs", n, "#9aa4af"),
-        ("wide", f"over 1,000 names, 800 products; {w['rows']:,} rows x {w['epochs']} epoch", w, "#2f8f4e"),
+        ("narrow", f"{n['names']} names, {n['products']} products; {n['rows']:,} rows x {n['epochs']}", n, "#9aa4af"),
+        ("wide", f"{w['names']:,} names, {w['products']:,} products; {w['rows']:,} rows x {w['epochs']}", w, "#2f8f4e"),
     ]
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 250" font-family="system-ui, sans-serif" '
