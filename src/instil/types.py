@@ -11,8 +11,11 @@ from numpy.typing import NDArray
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
+Int8 = NDArray[np.int8]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # one thing under three names; the first is standard
+KINDS = ("answer", "reasoning", "tool_call", "terminator", "prompt")  # of a target token
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +36,49 @@ class Message:
         """How much an assistant message counts as an answer: its own `weight` field, or 1; 0 = context only."""
         return float(self.fields.get("weight", 1.0))
 
+    @property
+    def reasoning(self) -> str:
+        """The reasoning that the row keeps apart from the content, "" if none."""
+        return next((str(self.fields[name]) for name in REASONING_FIELDS if self.fields.get(name)), "")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPair:
+    """A pair that the user tokenised: taken as it is. weights: one for each answer token."""
+
+    prompt_tokens: tuple[int, ...]
+    answer_tokens: tuple[int, ...]
+    weights: tuple[float, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The messages of one row. origin = `file:line`; task = the row's own label, used to group reports ("" if none)."""
+    """The messages of one row, or one branch of a row that is a tree of messages.
+
+    origin = `file:line`; task = the row's own label, used to group reports ("" if none); weight = of every target of
+    the row; template_args = the row's own variables for the template; first_turn = number of the first assistant
+    message among those of the row (above 0 in the later branches of a tree); source = which of the sources it is from;
+    pair = set instead of messages where the row is tokenised already.
+    """
 
     messages: tuple[Message, ...]
     origin: str
     tools: tuple[Mapping[str, Any], ...] = ()
     task: str = ""
+    weight: float = 1.0
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    first_turn: int = 0
+    source: int = 0
+    pair: TokenPair | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """A pair: the tokens the server puts in front of the model, and the tokens the model must then emit.
 
-    prompt_tokens [p], answer_tokens [a], weights [a] (a token is a target where its weight is > 0).
-    turn: which assistant turn of the row, counted from 0.
+    prompt_tokens [p], answer_tokens [a], weights [a] (a token is a target where its weight is > 0), kinds [a] (index
+    into KINDS). turn: which assistant turn of the row, counted from 0. cut_tokens: tokens of old turns that left the
+    prompt so that the example fits. source: which of the sources it is from.
     """
 
     prompt_tokens: Int32
@@ -58,6 +87,9 @@ class Example:
     origin: str
     turn: int
     task: str = ""
+    kinds: Int8 = field(default_factory=lambda: np.zeros(0, np.int8))
+    cut_tokens: int = 0
+    source: int = 0
 
     @property
     def length_tokens(self) -> int:

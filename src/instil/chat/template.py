@@ -18,10 +18,9 @@ import jinja2.utils
 
 from instil.chat.tokenizer import read_config, read_special
 from instil.errors import DataError, TemplateError
-from instil.types import Message
+from instil.types import REASONING_FIELDS, Message
 
 SIZE_LIMIT_BYTES = 1_000_000  # the largest real template known to us has 17 kB
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # one thing under three names; the first is standard
 SCALARS = (str, int, float, bool, type(None))
 
 
