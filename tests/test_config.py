@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instil.config import Config, dump_config, flat, keys, load_config, nearest_key
+from instil.config import Config, SourceConfig, dump_config, flat, keys, load_config, nearest_key
 from instil.errors import UsageError
 
 LEAST = {"model": "m", "data.train": ["a.jsonl"]}
@@ -139,6 +139,10 @@ def test_a_value_is_not_a_section() -> None:
     ["train.lr=.inf", "train.lr=true", "train.epochs=1e9", "data.heldout=1", "data.heldout=-0.1", "run.threads=0",
      "adapter.rank=-1", "train.epochs=true", "train.lr='1'", "run.dir=1", "checkpoint.keep=0",
      "data.train=[]", "train.precision=fp16", "train.batch_tokens=0",
+     "data.strict=yes", "data.too_long=cut", "data.drop_most=1.5", "data.leak=warn", "data.mapping=3",
+     "chat.control_text=allow", "chat.terminator=''", "chat.template_args=[1]", "targets.terminator=0",
+     "targets.answer=-1", "targets.loss_per=batch", "targets=lst", "targets=3",
+     "data.train=[{path: a, repeat: 0}]", "data.train=[{path: a, weight: -1}]", "data.train=[{path: ''}]",
      "run.name=" + "x" * 65, "run.name=.x", "run.name='a b'", "model=''", "evaluate.every_steps=0"],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(bad: str) -> None:
@@ -160,6 +164,8 @@ def test_values_out_of_range_are_refused(bad: str) -> None:
         ("max_grad_norm", "train.clip_norm"), ("lr_scheduler_type", "train.schedule"),
         ("warmup_ratio", "train.warmup"), ("save_steps", "checkpoint.every_steps"),
         ("eval_steps", "evaluate.every_steps"), ("seed", "train.seed"), ("template", "template"),
+        ("train_on_inputs", "targets.turns"), ("chat_template", "template"),
+        ("chat_template_kwargs", "chat.template_args"), ("target.turn", "targets.turns"),
         ("train.wieght_decay", "train.weight_decay"), ("run.device_name", "run.device"),
     ],
 )  # fmt: skip
@@ -187,12 +193,84 @@ def test_one_path_is_a_list_of_one(tmp_path: Path) -> None:
     assert load_config(None, ["data.train=[a.jsonl, b.jsonl]"], {"model": "m"}).data.train == ["a.jsonl", "b.jsonl"]
 
 
+def test_a_source_may_be_more_than_a_path(tmp_path: Path) -> None:
+    """A path and {path, ...} mix; one source alone needs no list; what is not said has its default."""
+    config = load_config(
+        None, ["data.train=[a, {path: b, repeat: 2, mapping: {text: t, split_at: x}}]"], {"model": "m"}
+    )
+    plain, other = config.data.train
+    assert (plain, other) == ("a", SourceConfig(path="b", repeat=2, mapping={"text": "t", "split_at": "x"}))
+    assert load_config(None, ["data.train={path: b, weight: 0.5}"], {"model": "m"}).data.train == [
+        SourceConfig(path="b", weight=0.5)
+    ]
+    assert loaded("", tmp_path, "data.train=[{path: b}]").data.train == [SourceConfig(path="b")]
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("{path: a, reapet: 2}", "'reapet' is no key of a source; did you mean repeat?"),
+        ("{repeat: 2}", "a source lacks 'path'; write for instance {path: FILE, repeat: 2}"),
+        ("{path: a, mapping: x}", "'x': should be a valid dictionary; data.train: files, folders"),
+        ("7", "7: should be a valid dictionary; data.train: files, folders"),
+    ],
+)
+def test_a_wrong_source_is_named(source: str, says: str) -> None:
+    """In our words: the override, what is wrong with it, what a source may hold."""
+    (line,) = refusal(None, "model=m", f"data.train=[b, {source}]")
+    assert line.startswith(f"data.train=[b, {source}]: {says}")
+
+
+def test_targets_may_be_one_word(tmp_path: Path) -> None:
+    """`targets=last` is targets.turns=last, wherever it stands, and leaves the other targets as they were said."""
+    file = tmp_path / "c.yaml"
+    file.write_text("model: m\ndata: {train: a.jsonl}\ntargets: last\n")
+    said = [
+        load_config(None, ["targets=last", "targets.answer=2"], LEAST),
+        load_config(None, ["targets.answer=2", "targets=last"], LEAST),
+        load_config(None, ["targets.answer=2"], LEAST | {"targets": "last"}),
+        load_config(file, ["targets.answer=2"]),
+        load_config(None, (), LEAST | {"targets.turns": "last", "targets.answer": 2}),
+    ]
+    assert [each.targets for each in said] == [said[-1].targets] * 5
+    assert (said[0].targets.turns, said[0].targets.answer) == ("last", 2)
+    file.write_text("model: m\ndata: {train: a.jsonl}\ntargets: lst\n")
+    (line,) = refusal(file)
+    assert line.startswith(f"{file}:3: targets: 'lst': should be 'all', 'last' or 'everything'")
+
+
+def test_a_mapping_is_one_value() -> None:
+    """data.mapping and chat.template_args hold the user's own names: any key is fine, and one may be set alone."""
+    words = ["data.mapping={prompt: q}", "data.mapping.completion=a", "chat.template_args.enable_thinking=false"]
+    config = load_config(None, words, LEAST)
+    assert config.data.mapping == {"prompt": "q", "completion": "a"}
+    assert config.chat.template_args == {"enable_thinking": False}
+    assert flat(config.model_dump())["data.mapping"] == {"prompt": "q", "completion": "a"}
+
+
 WORDS = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=20)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**31), 2**31) | st.floats(-1e6, 1e6) | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=6,
+)
+SOURCES = st.fixed_dictionaries(
+    {"path": WORDS},
+    optional={
+        "mapping": st.dictionaries(WORDS, WORDS, max_size=3),
+        "repeat": st.floats(1e-6, 1000),
+        "weight": st.none() | st.floats(1e-6, 1e6),
+    },
+)
 CONFIGS = st.fixed_dictionaries(
-    {"model": WORDS, "data.train": st.lists(WORDS, min_size=1, max_size=3)},
+    {"model": WORDS, "data.train": st.lists(WORDS | SOURCES, min_size=1, max_size=3)},
     optional={
         "template": WORDS,
         "data.heldout": st.one_of(WORDS, st.floats(0, 0.99)),
+        "data.mapping": st.dictionaries(WORDS, JSON, max_size=3),
+        "chat.template_args": st.dictionaries(WORDS, JSON, max_size=3),
+        "chat.terminator": st.none() | WORDS,
+        "targets": st.sampled_from(["all", "last", "everything"]),
         "train.lr": st.floats(1e-12, 10),
         "train.seed": st.integers(0, 2**63 - 1),
         "train.epochs": st.none() | st.integers(1, 1000),

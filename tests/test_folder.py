@@ -55,10 +55,23 @@ def test_a_made_name_says_what_it_is() -> None:
     assert run_name(config_of(Path(), "org/Tiny", "/data/train.jsonl")).startswith("Tiny-train-")
 
 
+def test_a_source_with_settings_is_named_by_its_path() -> None:
+    """{path, ...} reads like the path alone; how it is read and mixed shapes the result, so the digest differs."""
+    names = {
+        run_name(load_config(None, (), {"model": "org/Tiny", "data.train": [source]}))
+        for source in ("/d/train.jsonl", {"path": "/d/train.jsonl", "repeat": 2.0},
+                       {"path": "/d/train.jsonl", "mapping": {"prompt": "q", "completion": "a"}})
+    }  # fmt: skip
+    assert len(names) == 3
+    assert all(name.startswith("Tiny-train-") for name in names)
+
+
 def test_other_settings_have_another_folder() -> None:
     """What shapes the result is in the name; what is harmless is not; a name that was given is the name."""
     base = run_name(config_of(Path()))
-    for change in ({"train.lr": 1e-3}, {"train.seed": 1}, {"data.heldout": 0.1}, {"template": "t"}, {"pack.tokens": 9}):
+    for change in ({"train.lr": 1e-3}, {"train.seed": 1}, {"data.heldout": 0.1}, {"template": "t"}, {"pack.tokens": 9},
+                   {"targets.turns": "last"}, {"chat.control_text": "reject"}, {"data.too_long": "error"},
+                   {"data.mapping": {"prompt": "q"}}, {"chat.template_args": {"x": 1}}):  # fmt: skip
         assert run_name(config_of(Path(), **change)) != base
     for change in ({"run.threads": 1}, {"checkpoint.keep": 1}, {"evaluate.examples": 1}, {"run.dir": "elsewhere"}):
         assert run_name(config_of(Path(), **change)) == base

@@ -15,9 +15,20 @@ import pytest
 import instil
 import tiny
 from instil.config import keys, load_config
-from instil.errors import MachineError
+from instil.errors import DataError, MachineError, UsageError
+from instil.pack.store import open_store
+from instil.plan import loader_of
+from instil.types import KINDS, Example
 
 STEPS_PER_EPOCH = 5  # 38 training rows of 40, 8 examples a step
+ONE_STEP = ("data.heldout=0", "train.steps=1")
+# ChatML that also writes reasoning and tool calls.
+RICH = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}"
+    "</think>{% endif %}{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} "
+    "{{ c.function.arguments | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 class Bench:
@@ -42,6 +53,11 @@ class Bench:
     @property
     def base(self) -> Path:
         return self.run()
+
+    @property
+    def rich(self) -> Path:
+        """Where the template RICH is written."""
+        return self.folder / "rich.jinja"
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +111,41 @@ def rates(run: Path) -> list[float]:
     return [record["lr"] for record in tiny.metrics_of(run)]
 
 
+def learnt(run: Path) -> list[Example]:
+    """The stored training examples of a run."""
+    (folder,) = (run / "packs").iterdir()
+    return list(open_store(folder)[0]["train"])
+
+
+def weights_of(run: Path) -> list[list[float]]:
+    return [example.weights.tolist() for example in learnt(run)]
+
+
+def of_kind(bench: Bench, kind: str, key: str) -> None:
+    """`key` is the weight of every stored target token of a kind, and of no other; at 1, all weigh 1."""
+    data = f"data.train=[{tiny.write_rows(bench.folder / 'rich.jsonl', RICH_ROWS)}]"
+    bench.rich.write_text(RICH)
+    said = (data, f"template={bench.rich}", *ONE_STEP)
+    plain, changed = learnt(bench.run(*said)), learnt(bench.run(*said, f"{key}=0.25"))
+    seen = set()
+    for before, after in zip(plain, changed, strict=True):
+        assert set(before.weights.tolist()) == {1.0}
+        names = [KINDS[kind] for kind in after.kinds]
+        assert after.weights.tolist() == [0.25 if name == kind else 1.0 for name in names]
+        seen |= set(names)
+    assert seen == {"answer", "reasoning", "tool_call", "terminator"}
+
+
+RICH_ROWS = [
+    tiny.row("say red", "lime"),
+    {"messages": [{"role": "user", "content": "say blue"},
+                  {"role": "assistant", "content": "plum", "reasoning_content": "is it rose"}]},
+    {"messages": [{"role": "user", "content": "give gold"},
+                  {"role": "assistant", "content": "ruby", "tool_calls": [
+                      {"type": "function", "function": {"name": "jade", "arguments": {"say": "teal"}}}]}]},
+]  # fmt: skip
+
+
 def checkpoints(run: Path) -> list[str]:
     return sorted(folder.name for folder in (run / "checkpoints").iterdir())
 
@@ -131,6 +182,48 @@ def _(bench: Bench) -> None:
     assert read(bench.base, "summary.json")["rows"]["rows"] == 40
 
 
+def used(run: Path) -> dict[int, tuple[int, int]]:
+    """(examples, target tokens) of each source in the first epoch of a run, with repetition."""
+    config = load_config(run / "config.yaml")
+    (folder,) = (run / "packs").iterdir()
+    store = open_store(folder)[0]["train"]
+    chosen = loader_of(config, store).chosen(0)
+    return {
+        s: (int((store.source[chosen] == s).sum()), int(store.target_tokens[chosen][store.source[chosen] == s].sum()))
+        for s in sorted(set(store.source.tolist()))
+    }
+
+
+def test_a_source_may_be_repeated(bench: Bench) -> None:
+    """repeat: 2 shows each row of the source twice in an epoch, and of no other source."""
+    other = tiny.write_rows(bench.folder / "twenty.jsonl", tiny.some_rows(60)[40:])
+    how = ("data.heldout=0", "train.epochs=1")
+    once, twice, half = (
+        bench.run(f"data.train=[{{path: {bench.data}, repeat: {n}}}, {other}]", *how) for n in (1, 2, 0.5)
+    )
+    for run, examples in ((once, 60), (twice, 100), (half, 40)):
+        assert sum(record["examples"] for record in tiny.metrics_of(run)) == pytest.approx(examples, abs=1)
+        assert used(run)[1][0] == 20
+        tokens = sum(record["target_tokens"] for record in tiny.metrics_of(run))
+        assert tokens == sum(n for _, n in used(run).values())
+    assert used(twice)[0] == tuple(2 * n for n in used(once)[0])
+
+
+def test_sources_may_be_weighted(bench: Bench) -> None:
+    """weight: shares of the target tokens of an epoch, whose size stays; all sources have one, or none has."""
+    other = tiny.write_rows(bench.folder / "twenty.jsonl", tiny.some_rows(60)[40:])
+    how = ("data.heldout=0", "train.epochs=1")
+    plain = bench.run(f"data.train=[{bench.data}, {other}]", *how)
+    for first, second in ((3, 1), (0.2, 0.8)):
+        train = f"data.train=[{{path: {bench.data}, weight: {first}}}, {{path: {other}, weight: {second}}}]"
+        found = used(bench.run(train, *how))
+        whole = sum(n for _, n in found.values())
+        assert whole == pytest.approx(sum(n for _, n in used(plain).values()), rel=0.05)
+        assert found[0][1] / whole == pytest.approx(first / (first + second), abs=0.03)
+    with pytest.raises(UsageError, match="give all sources a weight, or none"):
+        bench.run(f"data.train=[{{path: {bench.data}, weight: 1}}, {other}]", *how)
+
+
 @knob("data.heldout")
 def _(bench: Bench) -> None:
     assert read(bench.run("data.heldout=0.5"), "summary.json")["rows"]["heldout_rows"] == 20
@@ -146,12 +239,170 @@ def _(bench: Bench) -> None:
     assert read(run, "summary.json")["rows"]["heldout_rows"] == 3
 
 
+@knob("data.mapping")
+def _(bench: Bench) -> None:
+    rows = [{"frage": f"say {word}", "antwort": word} for word in tiny.WORDS]
+    file = tiny.write_rows(bench.folder / "de.jsonl", rows)
+    with pytest.raises(DataError, match=r"data\.mapping="):  # which proposes the mapping
+        bench.run(f"data.train=[{file}]", *ONE_STEP)
+    mapped = bench.run(f"data.train=[{file}]", "data.mapping={prompt: frage, completion: antwort}", *ONE_STEP)
+    known = tiny.write_rows(bench.folder / "en.jsonl", [tiny.row(r["frage"], r["antwort"]) for r in rows])
+    same = learnt(bench.run(f"data.train=[{known}]", *ONE_STEP))
+    assert [(e.prompt_tokens.tolist(), e.answer_tokens.tolist()) for e in learnt(mapped)] == [
+        (e.prompt_tokens.tolist(), e.answer_tokens.tolist()) for e in same
+    ]
+
+
+@knob("data.too_long")
+def _(bench: Bench) -> None:
+    talk = [message for word in ("red", "green", "blue") for message in tiny.row(f"say {word} 0", word)["messages"]]
+    file = tiny.write_rows(bench.folder / "talk.jsonl", [{"messages": talk}])
+    whole = learnt(bench.run(f"data.train=[{file}]", *ONE_STEP))
+    limit = whole[1].length_tokens
+    said = (f"data.train=[{file}]", f"pack.tokens={limit}", *ONE_STEP)
+    dropped, trimmed = bench.run(*said), bench.run(*said, "data.too_long=trim-context")
+    assert [e.turn for e in learnt(dropped)] == [0, 1]
+    kept = learnt(trimmed)
+    assert [e.turn for e in kept] == [0, 1, 2]
+    assert [e.answer_tokens.tolist() for e in kept] == [e.answer_tokens.tolist() for e in whole]  # answers stay whole
+    assert [e.cut_tokens for e in kept] == [0, 0, len(whole[2].prompt_tokens) - len(kept[2].prompt_tokens)]
+    assert kept[2].cut_tokens > 0
+    with pytest.raises(DataError, match=r"talk\.jsonl:1: answer 2 needs"):
+        bench.run(*said, "data.too_long=error")
+    assert [json.loads((run / "ledger.jsonl").read_text())["fate"] for run in (dropped, trimmed)] == ["split", "cut"]
+
+
+@knob("data.drop_most")
+def _(bench: Bench) -> None:
+    file = tiny.write_rows(bench.folder / "quarter.jsonl", [*tiny.some_rows(3), tiny.row("say", "")])
+    for most in ("", "data.drop_most=0.24"):
+        with pytest.raises(DataError, match="1 of 4 rows would be dropped"):
+            bench.run(*filter(None, (f"data.train=[{file}]", most)), *ONE_STEP)
+    run = bench.run(f"data.train=[{file}]", "data.drop_most=0.25", *ONE_STEP)
+    assert read(run, "summary.json")["rows"]["dropped_by_rule"] == {"empty_answer": 1}
+
+
+@knob("data.strict")
+def _(bench: Bench) -> None:
+    file = tiny.write_rows(bench.folder / "one.jsonl", [*tiny.some_rows(39), tiny.row("say", " ")])
+    run = bench.run(f"data.train=[{file}]", *ONE_STEP)  # one of forty may be dropped
+    assert read(run, "summary.json")["rows"]["dropped_by_rule"] == {"empty_answer": 1}
+    with pytest.raises(DataError, match=r"one\.jsonl:40: "):
+        bench.run(f"data.train=[{file}]", "data.strict=true", *ONE_STEP)
+
+
+@knob("data.leak")
+def _(bench: Bench) -> None:
+    file = tiny.write_rows(bench.folder / "leak.jsonl", [tiny.row("what", "else"), tiny.some_rows(40)[6]])
+    said = (f"data.heldout={file}", "train.steps=1")
+    with pytest.raises(DataError, match=r"leak\.jsonl:2: this held-out row is also trained on"):
+        bench.run(*said)
+    drop, allow = (bench.run(*said, f"data.leak={word}") for word in ("drop", "allow"))
+    assert [len(learnt(run)) for run in (drop, allow)] == [39, 40]
+    assert f"{bench.data}:7" not in {e.origin for e in learnt(drop)}
+    assert read(drop, "summary.json")["rows"]["dropped_by_rule"] == {"leak": 1}
+
+
+# ── chat and targets ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@knob("chat.control_text")
+def _(bench: Bench) -> None:
+    rows = [tiny.row("say <|im_start|> red", "lime"), tiny.row("say blue", "plum")]
+    file = tiny.write_rows(bench.folder / "typed.jsonl", rows)
+    plain, served = (
+        learnt(bench.run(f"data.train=[{file}]", f"chat.control_text={policy}", *ONE_STEP))
+        for policy in ("plain", "as-served")
+    )
+    assert [(e.prompt_tokens == 1).sum() for e in plain] == [2, 2]  # those of the template
+    assert [(e.prompt_tokens == 1).sum() for e in served] == [3, 2]
+    with pytest.raises(DataError, match=r"typed\.jsonl:1: messages\[0\]\.content: contains the control token"):
+        bench.run(f"data.train=[{file}]", "chat.control_text=reject", *ONE_STEP)
+
+
+@knob("chat.terminator")
+def _(bench: Bench) -> None:
+    run = bench.run("chat.terminator=<|endoftext|>", "data.heldout=0", "train.steps=1")
+    assert {int(e.answer_tokens[-1]) for e in learnt(run)} == {0}
+    assert {int(e.answer_tokens[-1]) for e in learnt(bench.base)} == {2}
+    assert read(run, "model/generation_config.json")["eos_token_id"] == [0]
+    assert read(bench.base, "model/generation_config.json")["eos_token_id"] == [2, 0]
+    words = bench.run("chat.terminator=STOP", "data.heldout=0", "train.steps=1")
+    assert read(words, "model/generation_config.json")["stop_strings"] == ["STOP"]
+
+
+@knob("chat.template_args")
+def _(bench: Bench) -> None:
+    file = bench.folder / "switch.jinja"
+    file.write_text("{% if brief is defined and brief %}<|im_start|>system\nbrief<|im_end|>\n{% endif %}" + tiny.CHATML)
+    off, on = (
+        bench.run(f"template={file}", f"chat.template_args={{brief: {word}}}", *ONE_STEP) for word in ("false", "true")
+    )
+    (more,) = {len(b.prompt_tokens) - len(a.prompt_tokens) for a, b in zip(learnt(off), learnt(on), strict=True)}
+    assert more > 0
+    assert (on / "model" / "chat_template.jinja").read_text() == file.read_text()
+
+
+@knob("targets.turns")
+def _(bench: Bench) -> None:
+    talk = [message for word in ("red", "green") for message in tiny.row(f"say {word} 0", word)["messages"]]
+    file = tiny.write_rows(bench.folder / "two.jsonl", [{"messages": talk}])
+    every, last, everything = (
+        learnt(bench.run(f"data.train=[{file}]", f"targets.turns={turns}", *ONE_STEP))
+        for turns in ("all", "last", "everything")
+    )
+    assert [(e.turn, e.weights.tolist()) for e in every] == [(i, [1.0] * len(e.weights)) for i, e in enumerate(every)]
+    assert [(e.turn, e.answer_tokens.tolist()) for e in last] == [(1, every[1].answer_tokens.tolist())]
+    whole = len(every[1].prompt_tokens) + len(every[1].answer_tokens)
+    assert sum(int((e.weights > 0).sum()) for e in everything) == whole - 1  # each token once, but for the very first
+    assert sum(int((e.weights > 0).sum()) for e in every) < whole - 1
+
+
+@knob("targets.loss_per")
+def _(bench: Bench) -> None:
+    rows = [tiny.row("say", "red"), tiny.row("say", "a longer answer than that"), tiny.row("say more", "lime teal")]
+    rows[1]["weight"] = 3.0
+    rows[2]["messages"][1]["weight"] = 0.5
+    file = tiny.write_rows(bench.folder / "per.jsonl", rows)
+    token, example = (
+        bench.run(f"data.train=[{file}]", f"targets.loss_per={per}", *ONE_STEP) for per in ("token", "example")
+    )
+    lengths = [len(e.answer_tokens) for e in learnt(token)]
+    assert len(set(lengths)) == 3
+    factors = [1.0, 3.0, 0.5]  # of row and message
+    assert weights_of(token) == [[factor] * n for factor, n in zip(factors, lengths, strict=True)]
+    assert weights_of(example) == [
+        [pytest.approx(factor / n, rel=1e-6)] * n for factor, n in zip(factors, lengths, strict=True)
+    ]
+    assert tiny.metrics_of(token)[0]["loss"] != tiny.metrics_of(example)[0]["loss"]
+
+
+@knob("targets.answer")
+def _(bench: Bench) -> None:
+    of_kind(bench, "answer", "targets.answer")
+
+
+@knob("targets.reasoning")
+def _(bench: Bench) -> None:
+    of_kind(bench, "reasoning", "targets.reasoning")
+
+
+@knob("targets.tool_call")
+def _(bench: Bench) -> None:
+    of_kind(bench, "tool_call", "targets.tool_call")
+
+
+@knob("targets.terminator")
+def _(bench: Bench) -> None:
+    of_kind(bench, "terminator", "targets.terminator")
+
+
 @knob("pack.tokens")
 def _(bench: Bench) -> None:
     lengths = [
         len(e.prompt_tokens) + len(e.answer_tokens) - 1 for e in instil.examples([str(bench.data)], str(bench.model))
     ]
-    run = bench.run("pack.tokens=20")
+    run = bench.run("pack.tokens=20", "data.drop_most=1")
     rows = read(run, "summary.json")["rows"]
     assert rows["dropped_by_rule"] == {"too_long": sum(n > 20 for n in lengths)}
     assert 0 < rows["dropped_rows"] < 40

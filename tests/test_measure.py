@@ -12,7 +12,7 @@ import pytest
 import instil
 import tiny
 from instil.config import load_config
-from instil.errors import UsageError
+from instil.errors import DataError, UsageError
 
 ANSWERS = {"say red 0": "blue", "say green 1": "gold", "give 2": '{"a": 1, "b": "x"}', "say black 3": "rose"}
 
@@ -111,6 +111,15 @@ def test_without_rows_there_is_nothing_to_measure(place: Path) -> None:
     for name in ("run", "m"):
         with pytest.raises(UsageError, match="--data"):
             instil.evaluate(str(place / name))
+
+
+def test_rows_that_teach_nothing_cannot_be_measured(place: Path, tmp_path: Path) -> None:
+    """Answers of weight 0 are context: a file of nothing else is named, instead of a division by zero."""
+    row = tiny.row("say", "red")
+    row["messages"][1]["weight"] = 0
+    file = tiny.write_rows(tmp_path / "a.jsonl", [row])
+    with pytest.raises(DataError, match=r"a\.jsonl: no row has an answer with a weight above 0"):
+        instil.evaluate(str(place / "m"), str(file))
 
 
 # ── generation ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,10 +12,12 @@ import pytest
 import instil
 import tiny
 from instil import prepare as stage
+from instil import workers
+from instil.audit import check
 from instil.config import Config, load_config
 from instil.errors import DataError, TemplateError
 from instil.folder import RunFolder
-from instil.prepare import Chat, Prepared, check, data_digests, examples, open_chat, prepare
+from instil.prepare import Chat, Prepared, data_digests, examples, open_chat, prepare
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def prepared(model: Path, file: Path, run: Path, **given: Any) -> Prepared:
     """Prepare a file for a model into a run folder."""
     config = config_of(model, file, **given)
     run.mkdir(exist_ok=True)
-    chat = open_chat(model, config.template)
+    chat = open_chat(model, config.template, args=config.chat.template_args)
     return prepare(config, model, chat, data_digests(config), RunFolder(run))
 
 
@@ -53,7 +55,7 @@ def test_every_row_has_a_line_and_the_sums_are_the_examples(model: Path, tmp_pat
     rows[11]["messages"][1]["weight"] = 0  # context only
     rows[13] = tiny.row("say " + "x" * 100, "red")  # longer than the context
     file = tiny.write_rows(tmp_path / "a.jsonl", rows)
-    found = prepared(model, file, tmp_path / "run", **{"data.heldout": 0.1})
+    found = prepared(model, file, tmp_path / "run", **{"data.heldout": 0.1, "data.drop_most": 0.1})
     ledger = ledger_of(tmp_path / "run")
     assert [entry["origin"] for entry in ledger] == [f"{file}:{i + 1}" for i in range(40)]
     assert found.heldout is not None
@@ -63,7 +65,7 @@ def test_every_row_has_a_line_and_the_sums_are_the_examples(model: Path, tmp_pat
         assert sum(e["prompt_tokens"] for e in entries) == sum(len(e.prompt_tokens) for e in store)
         assert sum(e["answer_tokens"] for e in entries) == sum(len(e.answer_tokens) for e in store)
         used = Counter(e.origin for e in store)
-        assert used == {e["origin"]: e["examples"] for e in entries if e["fate"] == "used"}
+        assert used == {e["origin"]: e["examples"] for e in entries if e["fate"] != "dropped"}
     rules = {entry["origin"].rpartition(":")[2]: entry["rule"] for entry in ledger if entry["fate"] == "dropped"}
     assert rules == {"8": "empty_answer", "12": "no_target", "14": "too_long"}
     assert found.record["rows"]["dropped_by_rule"] == {"empty_answer": 1, "no_target": 1, "too_long": 1}
@@ -78,28 +80,31 @@ def test_too_long_begins_after_the_limit(over: int, model: Path, tmp_path: Path)
         len(t) for e in [examples([str(file)], str(model))[1]] for t in (e.prompt_tokens, e.answer_tokens)
     )
     limit = prompt + answer - 1 - over  # the last token is predicted, never computed
-    prepared(model, file, tmp_path / "run", **{"data.heldout": 0.0, "pack.tokens": limit})
+    prepared(model, file, tmp_path / "run", **{"data.heldout": 0.0, "pack.tokens": limit, "data.drop_most": 0.5})
     entry = ledger_of(tmp_path / "run")[1]
     assert (entry["fate"], entry["rule"]) == (("dropped", "too_long") if over else ("used", ""))
     assert entry["answer_tokens"] == (0 if over else answer)
     if over:
-        assert entry["reason"] == f"1 of 1 examples are longer than {limit} tokens"
+        assert entry["reason"] == f"1 of 1 examples need more than {limit} tokens"
+        assert entry["dropped_tokens"] == prompt + answer
 
 
 def test_a_row_may_lose_only_its_long_answers(model: Path, tmp_path: Path) -> None:
-    """Turn 1 fits, turn 2 does not: the row is used with one example, and the ledger says that one was too long."""
+    """Turn 1 fits, turn 2 does not: the row is split: one example is learnt, and the ledger says that one was too long."""
     row = {"messages": tiny.row("say", "red")["messages"] + tiny.row("x" * 60, "lime")["messages"]}
     file = tiny.write_rows(tmp_path / "a.jsonl", [row])
     found = prepared(model, file, tmp_path / "run", **{"data.heldout": 0.0})
     (entry,) = ledger_of(tmp_path / "run")
-    assert (entry["fate"], entry["examples"], entry["rule"]) == ("used", 1, "too_long")
+    assert (entry["fate"], entry["examples"], entry["rule"]) == ("split", 1, "too_long")
+    assert entry["reason"] == "1 of 2 examples need more than 64 tokens"
+    assert found.record["rows"]["dropped_rows"] == 0  # so that data.drop_most does not count it
     assert [e.turn for e in found.train] == [0]
 
 
 def test_the_model_s_context_is_a_limit_too(model: Path, tmp_path: Path) -> None:
     """A pack may be wider than the model's context, an example not: positions past it were never trained."""
     file = tiny.write_rows(tmp_path / "a.jsonl", [tiny.row("say", "red"), tiny.row("x" * 70, "red")])
-    prepared(model, file, tmp_path / "run", **{"data.heldout": 0.0, "pack.tokens": 1000})
+    prepared(model, file, tmp_path / "run", **{"data.heldout": 0.0, "pack.tokens": 1000, "data.drop_most": 0.5})
     assert [entry["rule"] for entry in ledger_of(tmp_path / "run")] == ["", "too_long"]
 
 
@@ -139,7 +144,7 @@ def test_a_second_start_reads_no_rows(model: Path, tmp_path: Path, monkeypatch: 
     def never(*_: object) -> None:
         raise AssertionError("read again")
 
-    for name in ("load_conversations", "make_examples", "certify", "write_ledger"):
+    for name in ("load_conversations", "make_examples", "certified", "write_ledger"):
         monkeypatch.setattr(stage, name, never)
     second = prepared(model, file, tmp_path / "run")
     assert [e.prompt_tokens.tolist() for e in second.train] == [e.prompt_tokens.tolist() for e in first.train]
@@ -147,7 +152,7 @@ def test_a_second_start_reads_no_rows(model: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_the_store_is_keyed_by_all_it_depends_on(model: Path, tmp_path: Path) -> None:
-    """Another byte of data, another split, limit, template or tokenizer: other examples are made."""
+    """Another byte of data, another split, limit, policy, template or tokenizer: other examples are made."""
     file = tiny.write_rows(tmp_path / "a.jsonl", tiny.some_rows(20))
     (tmp_path / "t.jinja").write_text(tiny.CHATML + "\n")
     run = tmp_path / "run"
@@ -156,7 +161,11 @@ def test_the_store_is_keyed_by_all_it_depends_on(model: Path, tmp_path: Path) ->
         return prepared(folder, file, run, **given).key
 
     seen = [key(), key(**{"data.heldout": 0.5}), key(**{"data.heldout_most": 1}), key(**{"pack.tokens": 60}),
-            key(template=str(tmp_path / "t.jinja"))]  # fmt: skip
+            key(template=str(tmp_path / "t.jinja")), key(**{"targets.turns": "last"}),
+            key(**{"targets.loss_per": "example"}), key(**{"targets.answer": 0.5}), key(**{"data.leak": "drop"}),
+            key(**{"chat.control_text": "as-served"}), key(**{"chat.terminator": "<|endoftext|>"}),
+            key(**{"chat.template_args": {"x": 1}}), key(**{"data.too_long": "trim-context"}),
+            key(**{"data.strict": True})]  # fmt: skip
     renamed = tiny.write_model(tmp_path / "m2", weights=False)
     config = json.loads((renamed / "tokenizer_config.json").read_text())
     (renamed / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "<|im_start|>"}))
@@ -188,27 +197,35 @@ def test_half_written_stores_are_not_believed(model: Path, tmp_path: Path, monke
 
 def test_check_counts_what_training_would_use(model: Path, tmp_path: Path) -> None:
     """Rows, examples and tokens; what is dropped for its length is counted, and nothing is ever cut."""
+    from transformers import AutoTokenizer
+
     rows = [*tiny.some_rows(5), tiny.row("x" * 70, "red"), tiny.row("say", " ")]
     file = tiny.write_rows(tmp_path / "a.jsonl", rows)
-    found = check([str(file)], str(model))
+    found = check([str(file)], str(model), settings={"data.drop_most": 1.0})
     made = examples([str(file)], str(model))
     assert (found.ok, found.rows, found.examples, found.exit_code) == (True, 7, 5, 0)
+    long = f"<|im_start|>user\n{'x' * 70}<|im_end|>\n<|im_start|>assistant\nred<|im_end|>"
     assert found.tokens == {
-        "prompt": sum(len(e.prompt_tokens) for e in made[:5]),
-        "answer": sum(len(e.answer_tokens) for e in made[:5]),
+        "prompt": sum(len(e.prompt_tokens) for e in made),
+        "answer": sum(len(e.answer_tokens) for e in made),
         "cut": 0,
-        "dropped": len(made[5].prompt_tokens) + len(made[5].answer_tokens),
+        "dropped": len(AutoTokenizer.from_pretrained(model)(long, add_special_tokens=False)["input_ids"]),
     }
-    assert found.certificate["dropped_rows"] == {f"{file}:7": "empty_answer"}
+    assert found.certificate["dropped_rows"] == {f"{file}:7": "empty_answer", f"{file}:6": "too_long"}
 
 
 def test_a_row_s_fault_is_a_finding_and_a_template_s_an_error(model: Path, tmp_path: Path) -> None:
     """check collects what is wrong with rows; for `examples` it raises; without a template there is nothing to check."""
-    file = tiny.write_rows(tmp_path / "a.jsonl", [*tiny.some_rows(3), tiny.row("say <|im_end|>", "x")])
-    found = check([str(file)], str(model))
-    assert (found.ok, found.exit_code, len(found.problems)) == (False, 3, 1)
-    with pytest.raises(DataError):
-        examples([str(file)], str(model))
+    rows = [*tiny.some_rows(3), tiny.row("say <|im_end|>", "x"), tiny.row("say <|im_start|>", "x")]
+    file = tiny.write_rows(tmp_path / "a.jsonl", rows)
+    reject = {"chat.control_text": "reject"}
+    found = check([str(file)], str(model), settings=reject)
+    assert (found.ok, found.exit_code) == (False, 3)
+    places = [f"{file}:{i}: messages[0].content" for i in (4, 5)]
+    assert [(p.place, p.rule) for p in found.problems if p.rule != "dropped"] == [(p, "control-token") for p in places]
+    with pytest.raises(DataError) as refused:
+        examples([str(file)], str(model), settings=reject)
+    assert [p.place for p in refused.value.problems] == places
     with pytest.raises(TemplateError):
         check([str(file)], str(tiny.write_model(tmp_path / "bare", weights=False, template=None)))
 
@@ -216,14 +233,14 @@ def test_a_row_s_fault_is_a_finding_and_a_template_s_an_error(model: Path, tmp_p
 def test_a_planted_fault_in_the_tokens_is_found(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The certificate is no formality: one changed token in one example, and nothing is trained."""
     file = tiny.write_rows(tmp_path / "a.jsonl", tiny.some_rows(10))
-    make = stage.make_examples
+    make = workers.pairs_of
 
     def wrong(*args: Any) -> Any:
         pairs = make(*args)
         pairs.examples[4].answer_tokens[0] += 1
         return pairs
 
-    monkeypatch.setattr(stage, "make_examples", wrong)
+    monkeypatch.setattr(workers, "pairs_of", wrong)
     found = check([str(file)], str(model))
     assert (found.ok, found.exit_code) == (False, 4)
     assert {p.place for p in found.problems} == {f"{file}:5: turn 0"}

@@ -38,7 +38,9 @@ def test_everything_open_is_chosen(store: ExampleStore) -> None:
     """After resolving, only what has no value by nature is null: the cap on steps, the other way to give a batch."""
     full, _ = resolve(config_of(), store, FITS, "x")
     open_still = {key for key, value in flat(full.model_dump()).items() if value is None}
-    assert open_still == {"template", "train.steps", "train.batch_tokens", "adapter.alpha", "run.threads"}
+    assert open_still == {
+        "template", "chat.terminator", "train.steps", "train.batch_tokens", "adapter.alpha", "run.threads"
+    }  # fmt: skip
     assert (full.train.lr, full.train.epochs, full.train.batch_examples) == (2e-5, 2, 8)
     assert (full.pack.tokens, full.run.name) == (FITS, "x")
 
@@ -111,6 +113,10 @@ def test_open_values_are_those_of_the_record(tmp_path: Path, store: ExampleStore
 
 OTHER = {
     "model": "other", "template": "t.jinja", "data.train": ["b.jsonl"], "data.heldout": 0.5, "data.heldout_most": 3,
+    "data.mapping": {"prompt": "q", "completion": "a"}, "data.too_long": "error", "data.drop_most": 0.5,
+    "data.strict": True, "data.leak": "drop", "chat.control_text": "reject", "chat.terminator": "</s>",
+    "chat.template_args": {"enable_thinking": True}, "targets.turns": "last", "targets.loss_per": "example",
+    "targets.answer": 0.5, "targets.reasoning": 0.5, "targets.tool_call": 0.5, "targets.terminator": 0.5,
     "pack.tokens": 99, "train.lr": 1.0, "train.epochs": 9, "train.steps": 9, "train.batch_examples": 9,
     "train.schedule": "linear", "train.warmup": 0.5, "train.weight_decay": 0.5, "train.clip_norm": 0.5,
     "train.precision": "fp32", "train.seed": 5, "adapter.rank": 9, "adapter.alpha": 9.0, "adapter.targets": ["q_proj"],

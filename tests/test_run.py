@@ -203,7 +203,7 @@ def test_a_resumed_run_keeps_its_rows(place: Path, configure: Configure) -> None
     tiny.write_model(place / "m", max_position_embeddings=48)
     rows = [*tiny.some_rows(16), tiny.row("say " + "x" * 60, "red")]
     tiny.write_rows(place / "a.jsonl", rows)
-    open_pack = {"pack.tokens": None, "data.heldout": 0.0}
+    open_pack = {"pack.tokens": None, "data.heldout": 0.0, "data.drop_most": 0.1}
     whole, _ = train(configure("train.epochs=4", "run.name=whole", **open_pack))
     ledger = (whole / "ledger.jsonl").read_text()
     assert '"too_long"' in ledger.splitlines()[-1]

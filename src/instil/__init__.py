@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from instil.audit import check
     from instil.config import Config, load_config
     from instil.errors import DataError, DivergedError, InstilError, MachineError, ModelError, UsageError
     from instil.measure import Evaluation, evaluate
-    from instil.prepare import check, examples
+    from instil.prepare import examples
     from instil.run import Listener, train
     from instil.types import Conversation, Example, Message, Pack
 
@@ -30,7 +31,7 @@ _HOMES = {
     "InstilError": "errors", "UsageError": "errors", "DataError": "errors", "ModelError": "errors",
     "MachineError": "errors", "DivergedError": "errors",
     "Evaluation": "measure", "evaluate": "measure",
-    "check": "prepare", "examples": "prepare",
+    "check": "audit", "examples": "prepare",
     "Listener": "run", "train": "run",
     "Message": "types", "Conversation": "types", "Example": "types", "Pack": "types",
 }  # fmt: skip

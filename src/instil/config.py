@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import io
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,10 +27,50 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class SourceConfig(Section):
+    """One entry of data.train that is more than a path."""
+
+    path: str = Field(min_length=1, description="file, folder, glob or hub name")
+    mapping: dict[str, Any] = Field(default_factory=dict, description="as data.mapping, for this source")
+    repeat: float = Field(1.0, gt=0, le=1000, description="passes over this source in an epoch")
+    weight: float | None = Field(None, gt=0, description="share of the epoch's target tokens; all sources or none")
+
+
 class DataConfig(Section):
-    train: Annotated[list[str], Field(min_length=1, description="files to learn from")]
+    train: Annotated[
+        list[str | SourceConfig],
+        Field(min_length=1, description="files, folders, globs, hub names, or {path, mapping, repeat, weight}"),
+    ]
     heldout: str | Share = Field(0.05, description="file, or share of the training rows, to measure on; 0 = none")
     heldout_most: int = Field(200, ge=1, description="rows that a share of heldout takes at most")
+    mapping: dict[str, Any] = Field(default_factory=dict, description="columns and roles of rows in no known format")
+    too_long: Literal["drop", "error", "trim-context"] = Field(
+        "drop", description="examples longer than a pack; trim-context = old turns leave the prompt, answers stay whole"
+    )
+    drop_most: float = Field(0.05, ge=0, le=1, description="share of the rows that may be dropped before the run stops")
+    strict: bool = Field(False, description="rows that would be dropped for what they hold are errors")
+    leak: Literal["error", "drop", "allow"] = Field("error", description="training rows that are held out as well")
+
+
+class ChatConfig(Section):
+    control_text: Literal["plain", "reject", "as-served"] = Field(
+        "plain", description="control tokens typed in the data: plain text, an error, or control tokens"
+    )
+    terminator: str | None = Field(
+        None, min_length=1, description="text the server stops at; null = found in the template's output"
+    )
+    template_args: dict[str, Any] = Field(default_factory=dict, description="template variables, e.g. enable_thinking")
+
+
+class TargetsConfig(Section):
+    turns: Literal["all", "last", "everything"] = Field(
+        "all", description="answers that are learnt; everything = all of them and the prompts too"
+    )
+    loss_per: Literal["token", "example"] = Field("token", description="what counts alike in a step's mean")
+    answer: float = Field(1.0, ge=0, le=1000, description="weight of answer text")
+    reasoning: float = Field(1.0, ge=0, le=1000, description="weight of reasoning")
+    tool_call: float = Field(1.0, ge=0, le=1000, description="weight of tool calls")
+    terminator: float = Field(1.0, gt=0, le=1000, description="weight of the token that ends an answer")
 
 
 class PackConfig(Section):
@@ -85,6 +127,8 @@ class Config(Section):
     model: str = Field(min_length=1, description="hub name, local folder, .gguf file, or demo")
     template: str | None = Field(None, description="chat template file in place of the model's own")
     data: DataConfig
+    chat: ChatConfig = ChatConfig()
+    targets: TargetsConfig = TargetsConfig()
     pack: PackConfig = PackConfig()
     train: TrainConfig = TrainConfig()
     adapter: AdapterConfig = AdapterConfig()
@@ -107,11 +151,15 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
+MAPPINGS = ("data.mapping", "chat.template_args")  # keys whose value is a mapping of the user's own
+
+
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A nested mapping as dotted keys."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
-        found.update(flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + str(name): value})
+        key = prefix + str(name)
+        found.update(flat(value, f"{key}.") if isinstance(value, Mapping) and key not in MAPPINGS else {key: value})
     return found
 
 
@@ -121,20 +169,30 @@ def load_config(file: Path | None, overrides: Sequence[str] = (), given: Mapping
     Raises UsageError with every problem at once, each naming its place (file:line: key, or the override) and remedy.
     """
     tree, places = _read_yaml(file) if file else ({}, {})
+    if isinstance(tree.get("targets"), str):
+        tree["targets"] = {"turns": tree["targets"]}
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign or not key:
             raise UsageError.at(text, "is not section.key=value", "write for instance train.lr=2e-5")
-        _set(tree, key, _scalar(text, value), text)
+        found = _scalar(text, value)
+        key = _in_full(key, found)
+        _set(tree, key, found, text)
         places[key] = text
     for key, value in (given or {}).items():
+        key = _in_full(key, value)
         _set(tree, key, value, f"--{key}")
         places[key] = f"--{key}"
     return _validated(tree, places)
 
 
+def _in_full(key: str, value: Any) -> str:
+    """`targets=last` is short for `targets.turns=last`, and leaves the other targets alone."""
+    return "targets.turns" if key == "targets" and isinstance(value, str) else key
+
+
 def _validated(tree: dict[str, Any], places: Mapping[str, str]) -> Config:
-    if isinstance(tree.get("data"), dict) and isinstance(tree["data"].get("train"), str):
+    if isinstance(tree.get("data"), dict) and isinstance(tree["data"].get("train"), str | dict):
         tree["data"]["train"] = [tree["data"]["train"]]
     try:
         config = Config.model_validate(tree)
@@ -154,8 +212,17 @@ def _validated(tree: dict[str, Any], places: Mapping[str, str]) -> Config:
 
 def _problem(error: Any, known: list[str], places: Mapping[str, str]) -> Problem:
     """One pydantic error in our words."""
+    if "SourceConfig" in error["loc"] and error["type"] in ("extra_forbidden", "missing"):
+        name, known = str(error["loc"][-1]), list(SourceConfig.model_fields)
+        near = (difflib.get_close_matches(name, known, 1, 0.0) or known)[0]
+        what, remedy = f"{name!r} is no key of a source", f"did you mean {near}? keys: {', '.join(known)}"
+        if error["type"] == "missing":
+            what, remedy = f"a source lacks {name!r}", "write for instance {path: FILE, repeat: 2}"
+        return Problem(_place("data.train", places), what, remedy, "bad value")
     path = [
-        part for part in error["loc"] if isinstance(part, str) and not part.startswith(("constrained", "str", "float"))
+        part
+        for part in error["loc"]
+        if isinstance(part, str) and part not in BRANCHES and not part.startswith("constrained-")
     ]
     key = ".".join(path)
     while key not in places and key not in known and "." in key and error["type"] != "extra_forbidden":
@@ -167,9 +234,11 @@ def _problem(error: Any, known: list[str], places: Mapping[str, str]) -> Problem
         return Problem(place, "unknown key", f"did you mean {nearest_key(key, known)}?", "unknown key")
     if error["type"] == "missing":
         return Problem(place, "is missing", MISSING.get(key, "set it"), "missing key")
-    message = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    message = error["msg"].removeprefix("Input ").removeprefix("Value error, ").partition(" or instance of ")[0]
     return Problem(place, f"{error['input']!r}: {message}", _description(key), "bad value")
 
+
+BRANCHES = ("str", "float", "SourceConfig")  # pydantic's names for the kinds that a value may have; no keys
 
 MISSING = {
     "model": "give --model, or `model:` in the file (a hub name, a folder, a .gguf file, or demo)",
@@ -197,7 +266,9 @@ ALIASES = {
     "max_length": "pack.tokens", "sequence_len": "pack.tokens", "model_name_or_path": "model", "base_model": "model",
     "dataset": "data.train", "datasets": "data.train", "output_dir": "run.dir", "max_grad_norm": "train.clip_norm",
     "lr_scheduler_type": "train.schedule", "warmup_ratio": "train.warmup", "save_steps": "checkpoint.every_steps",
-    "eval_steps": "evaluate.every_steps",
+    "eval_steps": "evaluate.every_steps", "train_on_inputs": "targets.turns", "assistant_only_loss": "targets.turns",
+    "chat_template": "template", "chat_template_kwargs": "chat.template_args", "strict": "data.strict",
+    "excess_length_strategy": "data.too_long",
 }  # fmt: skip
 
 
@@ -294,13 +365,27 @@ def dump_config(config: Config) -> str:
                 lines.append(f"{indent}{name}:")
                 walk(value, indent + "  ")
             else:
-                lines.append(f"{indent}{name}: {_yaml(value)}  # {field.description}")
+                lines.append(f"{indent}{name}: {_yaml(_dumped(value))}  # {field.description}")
 
     walk(config, "")
     return "\n".join(lines) + "\n"
 
 
+def _dumped(value: Any) -> Any:
+    """Sources as plain values."""
+    return (
+        [each.model_dump() if isinstance(each, BaseModel) else each for each in value]
+        if isinstance(value, list)
+        else value
+    )
+
+
+PRINTABLE = re.compile(r"[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+
+
 def _yaml(value: Any) -> str:
+    if isinstance(value, list | dict):  # JSON is YAML; in YAML's own flow style [?0] would be a mapping
+        return PRINTABLE.sub(lambda odd: f"\\u{ord(odd.group()):04x}", json.dumps(value, ensure_ascii=False))
     buffer = io.StringIO()
     writer = YAML(typ="safe", pure=True)
     writer.default_flow_style = True

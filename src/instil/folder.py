@@ -87,7 +87,9 @@ def run_name(config: Config) -> str:
         return config.run.name
     shaping = {k: v for k, v in flat(config.model_dump()).items() if not k.startswith(HARMLESS)}
     digest = hashlib.sha256(orjson.dumps(shaping, option=orjson.OPT_SORT_KEYS)).hexdigest()[:6]
-    words = [Path(config.model.rstrip("/")).name, Path(config.data.train[0]).name.split(".")[0]]
+    first = config.data.train[0]
+    file = first if isinstance(first, str) else first.path
+    words = [Path(config.model.rstrip("/")).name, Path(file).name.split(".")[0]]
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words)[:50]).strip("-._")
     return f"{slug or 'run'}-{digest}"  # a name in another script leaves no slug
 
@@ -189,6 +191,11 @@ def keep_metrics_through(path: Path, step: int) -> None:
         except orjson.JSONDecodeError:
             continue
     write_atomically(path, b"".join(kept))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a finished run's metrics.jsonl."""
+    return [orjson.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
 
 
 def append_metrics(path: Path, record: Mapping[str, Any]) -> None:

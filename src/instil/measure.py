@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from instil.chat.turns import find_terminator, make_examples
+from instil.chat.endings import Endings
+from instil.chat.pairs import make_examples
+from instil.chat.turns import ChatOptions
+from instil.config import load_config
 from instil.data.mixture import load_conversations
+from instil.data.spec import SourceSpec
 from instil.errors import DataError, UsageError
 from instil.evaluate.generate import Sampling, generate
 from instil.evaluate.likelihood import answer_loss
@@ -20,8 +24,8 @@ from instil.folder import Named, named
 from instil.model.load import device_named, load_model
 from instil.model.machine import set_up_machine
 from instil.pack.store import open_store
-from instil.prepare import Chat, open_chat
-from instil.types import Example
+from instil.prepare import Chat, open_chat, stop_texts
+from instil.types import Conversation, Example
 
 ALL = "all"  # the summary over every task
 PACK_TOKENS = 1024  # of a forward pass without gradient
@@ -29,11 +33,12 @@ PACK_TOKENS = 1024  # of a forward pass without gradient
 
 @dataclass(frozen=True)
 class Ready:
-    """A model to talk to: weights, tokenizer and template, and the tokens that end an answer."""
+    """A model to talk to: weights, tokenizer and template, and the tokens (or runs of tokens) that end an answer."""
 
     net: PreTrainedModel
     chat: Chat
     stop_ids: tuple[int, ...]
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
 
 
 def open_model(name: str, *, device: str = "auto", template: str | None = None, base: bool = False) -> Ready:
@@ -45,13 +50,30 @@ def open_model(name: str, *, device: str = "auto", template: str | None = None, 
             raise UsageError.at("--base", f"{name} is a model, not a run: it has no base", "name a run folder")
         found = named(found.base, need_weights=True)
     net = load_model(found.folder.path, dtype=torch.bfloat16, device=device_named(device))
-    chat = open_chat(found.folder.path, template)
+    chat = open_chat(found.folder.path, template, args=template_args(found))
     from_config = net.generation_config.eos_token_id if net.generation_config else None
     known = from_config if isinstance(from_config, list) else [from_config]
-    stops = dict.fromkeys(
-        [find_terminator(chat.template, chat.tokenizer).token_id, *(i for i in known if i is not None)]
+    endings = Endings(
+        chat.template, chat.tokenizer, asked_terminator(found), stop_texts(found.folder.path, chat.tokenizer)
     )
-    return Ready(net, chat, tuple(stops))
+    endings.look_at_calls()
+    stops = dict.fromkeys(i for i in [*(ending.token_id for ending in endings.found), *known] if i is not None)
+    sequences = [ending.token_ids for ending in endings.found if ending.token_id is None]
+    return Ready(net, chat, tuple(stops), tuple(sequences))
+
+
+def asked_terminator(found: Named) -> str | None:
+    """What the user of a run said the server stops at."""
+    return (
+        load_config(found.run.config).chat.terminator if found.run is not None and found.run.config.exists() else None
+    )
+
+
+def template_args(found: Named) -> dict[str, Any]:
+    """The template variables that a run was trained with; none for a model."""
+    if found.run is None or not found.run.config.exists():
+        return {}
+    return dict(load_config(found.run.config).chat.template_args)
 
 
 @dataclass(frozen=True)
@@ -114,13 +136,14 @@ def evaluate(
     torch.manual_seed(0)  # for sampled answers
     tick = (lambda n: progress(n, len(last))) if progress else None
     made = generate(
-        ready.net, [e.prompt_tokens for e in last], stop_ids=ready.stop_ids, sampling=sampling, progress=tick
-    )
+        ready.net, [e.prompt_tokens for e in last], stop_ids=ready.stop_ids, sampling=sampling,
+        stop_sequences=ready.stop_sequences, progress=tick,
+    )  # fmt: skip
     decode = ready.chat.tokenizer.decode
     answers: list[Answer] = []
     scores: dict[str, list[Score]] = {}
     for example, tokens in zip(last, made, strict=True):
-        expected, said = (decode(_unended(t, ready.stop_ids), False) for t in (example.answer_tokens.tolist(), tokens))
+        expected, said = (decode(unended(t, ready), False) for t in (example.answer_tokens.tolist(), tokens))
         result = score(said, expected)
         answers.append(Answer(example.origin, example.task, expected, said, result.exact))
         scores.setdefault(example.task or "rows", []).append(result)
@@ -132,17 +155,37 @@ def evaluate(
     )  # fmt: skip
 
 
-def _unended(tokens: Sequence[int], stop_ids: Sequence[int]) -> Sequence[int]:
-    """Without the token that ends the answer."""
-    return tokens[:-1] if tokens and tokens[-1] in stop_ids else tokens
+def unended(tokens: Sequence[int], ready: Ready) -> Sequence[int]:
+    """Without what ends the answer."""
+    for ending in ready.stop_sequences:
+        if tuple(tokens[-len(ending) :]) == ending:
+            return tokens[: -len(ending)]
+    return tokens[:-1] if tokens and tokens[-1] in ready.stop_ids else tokens
+
+
+def _rows(found: Named, data: str) -> Sequence[Conversation]:
+    """The rows of a file, read as the run read its own."""
+    mapping = load_config(found.run.config).data.mapping if found.run is not None and found.run.config.exists() else {}
+    return load_conversations([SourceSpec(data, mapping)]).conversations
+
+
+def _options(found: Named, chat: Chat) -> ChatOptions:
+    """Pairs as the run made them, but for their weights and length: every answer counts alike in a measurement."""
+    stops = stop_texts(found.folder.path, chat.tokenizer)
+    if found.run is None or not found.run.config.exists():
+        return ChatOptions(stops=stops)
+    config = load_config(found.run.config)
+    return ChatOptions(control_text=config.chat.control_text, terminator=config.chat.terminator, stops=stops)
 
 
 def _examples(found: Named, chat: Chat, data: str | None) -> list[Example]:
     """From a file, or the run's held-out side as it was prepared."""
     if data is not None:
-        pairs = make_examples(load_conversations([data]).conversations, chat.tokenizer, chat.template)
+        pairs = make_examples(_rows(found, data), chat.tokenizer, chat.template, _options(found, chat))
         if pairs.problems:
             raise DataError(*pairs.problems)
+        if not pairs.examples:
+            raise DataError.at(data, "no row has an answer with a weight above 0", "give rows to measure on", "no_rows")
         return pairs.examples
     if found.run is None:
         raise UsageError.at("--data", "a model has no held-out rows of its own", "give --data FILE")

@@ -4,45 +4,122 @@ from __future__ import annotations
 
 import datetime
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from instil.chat.certificate import certify
-from instil.chat.template import Template, load_template
-from instil.chat.tokenizer import Tokenizer, load_tokenizer
-from instil.chat.turns import make_examples
-from instil.config import Config
+from instil.account import drop_problem, side_account
+from instil.chat.pairs import TEMPLATE_RULES, Pairs, make_examples
+from instil.chat.targets import Targets
+from instil.chat.template import Template, load_template, named_templates
+from instil.chat.tokenizer import Tokenizer, eos_ids, load_tokenizer
+from instil.chat.turns import ChatOptions
+from instil.config import Config, SourceConfig, load_config
 from instil.data.ledger import LedgerEntry, Side, ledger_counts, write_ledger
-from instil.data.mixture import Loaded, leaks, load_conversations, split_heldout
-from instil.data.sources import file_digest
-from instil.errors import DataError, InstilError, ModelError, Problem
+from instil.data.mixture import Loaded, leaks, load_conversations, source_digests, split_heldout
+from instil.data.spec import SourceSpec
+from instil.errors import DataError, ModelError, Problem, TemplateError
 from instil.folder import RunFolder
 from instil.model.locate import locate
 from instil.pack.store import ExampleStore, open_store, publish, store_key
 from instil.types import Conversation, Example
+from instil.workers import Progress, certified
+
+NOTES = {
+    "merged_boundaries": "answers whose first token would join the prompt's last: tokenised on their own, as served",
+    "typed_control_tokens": "control tokens typed in the data: plain text, never control tokens",
+    "reasoning_left_out": "turns whose reasoning the template does not write: it is not learnt",
+    "channels_closed": "answers that begin by closing the reasoning channel which the prompt opens",
+    "channels_closed_by_prompt": "answers after a prompt that closes the reasoning channel itself",
+    "history_rewritten": "answers after a prompt whose older part the template writes differently once they are there",
+    "rows_with_numbered_calls": "rows whose tool calls got ids, which they lacked and the template reads",
+}
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A model's tokenizer and template."""
+    """A model's tokenizer and template, and the folder that they are from."""
 
     tokenizer: Tokenizer
     template: Template
+    folder: Path | None = None
 
 
-def open_chat(folder: Path, template: str | None, today: str | None = None) -> Chat:
-    """From a model folder. template: a file in place of the model's own; today: the ISO date that it may ask for."""
+def open_chat(
+    folder: Path, template: str | None, today: str | None = None, args: Mapping[str, Any] | None = None
+) -> Chat:
+    """From a model folder. template: a file, or the name of one of the model's own templates, in place of its default;
+    today: the ISO date that it may ask for; args: variables for every rendering."""
     date = datetime.date.fromisoformat(today) if today else None
-    return Chat(load_tokenizer(folder), load_template(folder, Path(template) if template else None, date))
+    name = template if template and not Path(template).exists() and template in named_templates(folder) else None
+    file = Path(template) if template and name is None else None
+    loaded = load_template(folder, file, date, name)
+    loaded.args.update(args or {})
+    return Chat(load_tokenizer(folder), loaded, folder)
+
+
+def sources(config: Config) -> list[SourceSpec]:
+    """The training sources with their mappings."""
+    return [
+        SourceSpec(each.path, each.mapping or config.data.mapping, each.repeat, each.weight)
+        if isinstance(each, SourceConfig)
+        else SourceSpec(each, config.data.mapping)
+        for each in config.data.train
+    ]
+
+
+def heldout_sources(config: Config) -> list[SourceSpec]:
+    """The held-out file, if one is given."""
+    return [SourceSpec(config.data.heldout, config.data.mapping)] if isinstance(config.data.heldout, str) else []
+
+
+def data_digests(config: Config) -> dict[str, str]:
+    """sha256 of every data file, by its name in origins."""
+    return source_digests([*sources(config), *heldout_sources(config)])
+
+
+def chat_options(config: Config, folder: Path, tokenizer: Tokenizer) -> ChatOptions:
+    """How a configuration wants pairs made, for the model in `folder`."""
+    t = config.targets
+    return ChatOptions(
+        control_text=config.chat.control_text,
+        terminator=config.chat.terminator,
+        stops=stop_texts(folder, tokenizer),
+        targets=Targets(t.turns, t.loss_per, t.answer, t.reasoning, t.tool_call, t.terminator),
+        limit_tokens=min((n for n in (config.pack.tokens, context_tokens(folder)) if n), default=None),
+        too_long=config.data.too_long,
+    )
+
+
+def stop_texts(folder: Path, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The tokens at which the model's generation_config stops, as text."""
+    found = _json(folder / "generation_config.json").get("eos_token_id")
+    ids = found if isinstance(found, list) else [found]
+    texts = (tokenizer.backend.id_to_token(each) for each in ids if isinstance(each, int))
+    return tuple(text for text in texts if text)
+
+
+def context_tokens(folder: Path) -> int | None:
+    """max_position_embeddings of a model folder, if its config.json is there and says so."""
+    found = _json(folder / "config.json")
+    most = found.get("max_position_embeddings") or found.get("n_positions")
+    return most if isinstance(most, int) and most > 0 else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = orjson.loads(path.read_bytes())
+    except (OSError, orjson.JSONDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The stored examples of a run. record: what was recognised, the certificate, the ledger's sums; key: their folder."""
+    """The stored examples of a run. record: what was recognised, the certificate, the account; key: their folder."""
 
     train: ExampleStore
     heldout: ExampleStore | None
@@ -50,32 +127,36 @@ class Prepared:
     key: str
 
 
-def data_digests(config: Config) -> dict[str, str]:
-    """sha256 of every data file, by its path as given."""
-    return {path: file_digest(path) for path in [*config.data.train, *_heldout_files(config)]}
-
-
-def _heldout_files(config: Config) -> list[str]:
-    return [config.data.heldout] if isinstance(config.data.heldout, str) else []
-
-
-def prepare(config: Config, folder: Path, chat: Chat, digests: dict[str, str], run: RunFolder) -> Prepared:
+def prepare(
+    config: Config,
+    folder: Path,
+    chat: Chat,
+    digests: dict[str, str],
+    run: RunFolder,
+    progress: Progress | None = None,
+) -> Prepared:
     """The examples of config.data for the model in `folder`, from `packs/<key>/` when they are there already.
 
     key: digest of data files, tokenizer, template and options; a run that goes on keeps the key that it began with, as
     the pack that it chose would be another limit. Raises DataError with every problem found.
     """
-    limit = min((n for n in (config.pack.tokens, context_tokens(folder)) if n), default=None)
-    date = str(chat.template.today) if "strftime_now" in chat.template.source else ""
-    options = [config.data.heldout, config.data.heldout_most, limit, date]
-    key = _began_with(run) or store_key([digests, chat.tokenizer.digest, chat.template.digest, options])
+    options = chat_options(config, folder, chat.tokenizer)
+    key = _began_with(run) or _key(config, chat, options, digests)
     stored = run.packs / key
     if not (stored.is_dir() and run.ledger.is_file()):
-        sides, record, entries = _make(config, chat, limit)
-        write_ledger(run.ledger, entries)
-        publish(stored, sides, record)
+        made = make(config, chat, options, progress)
+        made.raise_problems()
+        write_ledger(run.ledger, made.entries)
+        publish(stored, made.sides, made.record())
     found, record = open_store(stored)
     return Prepared(found["train"], found["heldout"] if len(found["heldout"]) else None, record, key)
+
+
+def _key(config: Config, chat: Chat, options: ChatOptions, digests: dict[str, str]) -> str:
+    date = str(chat.template.today) if "strftime_now" in chat.template.source else ""
+    data = config.data.model_dump(exclude={"train"}) | {"train": [asdict(each) for each in sources(config)]}
+    parts = [digests, chat.tokenizer.digest, chat.template.digest, chat.template.args, asdict(options), data, date]
+    return store_key(parts)
 
 
 def _began_with(run: RunFolder) -> str | None:
@@ -83,131 +164,216 @@ def _began_with(run: RunFolder) -> str | None:
     return orjson.loads(run.manifest.read_bytes()).get("packs") if run.manifest.exists() else None
 
 
-def _make(
-    config: Config, chat: Chat, limit: int | None
-) -> tuple[dict[str, list[Example]], dict[str, Any], list[LedgerEntry]]:
-    """Read, split, pair, certify."""
-    loaded = load_conversations(config.data.train)
-    dropped, recognised, digests = list(loaded.dropped), list(loaded.recognised), dict(loaded.digests)
+@dataclass
+class Made:
+    """The examples of a configuration before anything is written: by side, with the fate of every row.
+
+    row_problems: of the user's data; pair_problems: pairs that do not hold what the server would see.
+    """
+
+    sides: dict[str, list[Example]] = field(default_factory=lambda: {"train": [], "heldout": []})
+    entries: list[LedgerEntry] = field(default_factory=list)
+    recognised: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    certificates: dict[str, Any] = field(default_factory=dict)
+    accounts: dict[str, Any] = field(default_factory=dict)
+    row_problems: list[Problem] = field(default_factory=list)
+    pair_problems: list[Problem] = field(default_factory=list)
+
+    def raise_problems(self) -> None:
+        """Raise what is wrong, the data first."""
+        if self.row_problems:
+            raise TemplateError(*self.row_problems) if self.exit_code == 4 else DataError(*self.row_problems)
+        if self.pair_problems:
+            raise ModelError(*self.pair_problems)
+
+    @property
+    def exit_code(self) -> int:
+        """3 where a row is wrong; 4 where it is the template that cannot do with the rows, or a pair that is wrong.
+
+        A template that raises over single rows (roles that do not alternate) speaks of the rows.
+        """
+        if any(
+            problem.rule not in TEMPLATE_RULES or problem.rule == "template-raises" for problem in self.row_problems
+        ):
+            return 3
+        return 4 if self.row_problems or self.pair_problems else 0
+
+    def record(self) -> dict[str, Any]:
+        """What is kept beside the examples."""
+        return {
+            "recognised": self.recognised,
+            "notes": self.notes,
+            "certificate": self.certificates,
+            "account": self.accounts,
+            "rows": asdict(ledger_counts(self.entries)),
+        }
+
+
+def make(config: Config, chat: Chat, options: ChatOptions, progress: Progress | None = None) -> Made:
+    """Read, split, pair, certify; what is wrong with rows is collected. progress: (rows done, rows of the side)."""
+    made = Made()
+    loaded = load_conversations(sources(config), strict=config.data.strict)
+    train_rows, heldout_rows = list(loaded.conversations), []
+    digests = dict(loaded.digests)
+    _told(loaded, made)
     if isinstance(config.data.heldout, str):
-        held = load_conversations(_heldout_files(config), "heldout")
-        train_rows, heldout_rows = list(loaded.conversations), list(held.conversations)
-        dropped += held.dropped
-        recognised += held.recognised
+        held = load_conversations(heldout_sources(config), "heldout", strict=config.data.strict)
+        heldout_rows = list(held.conversations)
         digests |= held.digests
-        if leaked := leaks(train_rows, heldout_rows):
-            raise DataError(*leaked)
-    else:
-        train_rows, heldout_rows = split_heldout(loaded.conversations, config.data.heldout, config.data.heldout_most)
-    sides: dict[str, list[Example]] = {}
-    entries: list[LedgerEntry] = list(dropped)
-    certificates: dict[str, Any] = {}
-    for side, rows in (("train", train_rows), ("heldout", heldout_rows)):
-        fitting, found, certificate = _side(side, rows, chat, limit, digests)  # type: ignore[arg-type]
-        sides[side] = fitting
-        entries += found
-        certificates[side] = certificate
-    counts = asdict(ledger_counts(entries))
-    if not sides["train"]:
-        reasons = ", ".join(f"{rule} {n}" for rule, n in counts["dropped_by_rule"].items())
-        what = f"0 of {counts['rows']} rows left to train on ({reasons or 'all held out'})"
-        raise DataError.at(
-            ", ".join(config.data.train), what, "see the reasons; raise pack.tokens or lower data.heldout"
-        )
-    return sides, {"recognised": recognised, "certificate": certificates, "rows": counts}, entries
+        _told(held, made)
+        train_rows = _without_leaks(train_rows, heldout_rows, config, made)
+    elif config.data.heldout:
+        train_rows, heldout_rows = split_heldout(train_rows, config.data.heldout, config.data.heldout_most)
+    sides: tuple[tuple[Side, list[Conversation]], ...] = (("train", train_rows), ("heldout", heldout_rows))
+    for side, rows in sides:
+        _side(side, rows, chat, options, digests, made, progress)
+    rank = {file: number for number, file in enumerate(digests)}
+    made.entries.sort(key=lambda entry: rank.get(entry.origin.rpartition(":")[0], len(rank)))
+    wrong, left = {_origin(problem) for problem in made.row_problems}, bool(made.sides["train"])
+    if problem := drop_problem(made.entries, config.data.drop_most, left, _paths(config), wrong):
+        made.row_problems.append(problem)
+    made.notes += [*chat.template.notices, *chat.tokenizer.notes, *_stop_notes(chat)]
+    kinds = made.accounts["train"]["target_tokens_by_kind"]
+    if "prompt" in kinds:
+        share = kinds["prompt"] / made.accounts["train"]["target_tokens"]
+        made.notes.append(f"prompts are learnt too (targets.turns=everything): they take {share:.1%} of the targets")
+    if chat.template.uses_date:
+        made.notes.append(f"the template asks for the date: it is told {chat.template.today} throughout this run")
+    return made
+
+
+def _stop_notes(chat: Chat) -> list[str]:
+    """Where the model's files name different ends, which is common, and harmless here: the template shows the end."""
+    named = eos_ids(chat.folder, chat.tokenizer) if chat.folder is not None else {}
+    first = {file: found[0][0] for file, found in named.items() if found and found[0][0]}
+    if len(set(first.values())) < 2:
+        return []
+    told = ", ".join(f"{file}: {text!r}" for file, text in first.items())
+    return [f"the model's files name different eos tokens ({told}); answers end as the template shows"]
+
+
+def _paths(config: Config) -> str:
+    return ", ".join(spec.path for spec in sources(config))
+
+
+def _origin(problem: Problem) -> str:
+    """The row that a problem is of."""
+    return problem.place.partition(": ")[0]
+
+
+def _told(loaded: Loaded, made: Made) -> None:
+    made.entries += loaded.dropped
+    made.recognised += loaded.recognised
+    made.notes += loaded.notes
+
+
+def _without_leaks(
+    train: list[Conversation], heldout: Sequence[Conversation], config: Config, made: Made
+) -> list[Conversation]:
+    """The training rows, those that are held out as well dealt with as configured."""
+    if config.data.leak == "error":
+        made.row_problems += leaks(train, heldout)
+        return train
+    leaked = {problem.place for problem in leaks(heldout, train)}
+    if leaked and config.data.leak == "allow":
+        made.notes.append(f"{len(leaked):,} training rows are held out as well (data.leak=allow)")
+        return train
+    reason = "the row is held out as well"
+    made.entries += [LedgerEntry(origin, "dropped", "train", rule="leak", reason=reason) for origin in sorted(leaked)]
+    return [row for row in train if row.origin not in leaked]
 
 
 def _side(
-    side: Side, rows: Sequence[Conversation], chat: Chat, limit: int | None, digests: dict[str, str]
-) -> tuple[list[Example], list[LedgerEntry], dict[str, Any]]:
-    """The examples of one side, with the fate of each row; over-long examples are dropped, never cut."""
-    pairs = make_examples(rows, chat.tokenizer, chat.template)
-    if pairs.problems:
-        raise DataError(*pairs.problems)
-    certificate, faults = certify(pairs.examples, rows, chat.tokenizer, chat.template, digests) if rows else ({}, [])
-    if faults:
-        raise ModelError(*faults)
+    side: Side,
+    rows: Sequence[Conversation],
+    chat: Chat,
+    options: ChatOptions,
+    digests: dict[str, str],
+    made: Made,
+    progress: Progress | None,
+) -> None:
+    """The examples of one side, with the fate of each row; over-long examples are dropped or trimmed, never cut."""
+    found = certified(rows, chat.tokenizer, chat.template, options, digests, progress)
+    pairs = found.pairs
+    made.row_problems += pairs.problems
+    made.pair_problems += found.faults
+    made.certificates[side] = {**found.certificate, "notes": pairs.notes}
+    made.notes += [f"{count:,} {NOTES[what]}" for what, count in pairs.notes.items()]
+    made.notes += _certificate_notes(side, found.certificate)
+    made.sides[side] = pairs.examples
+    made.entries += _fates(side, rows, pairs, options)
+    made.accounts[side] = side_account(pairs, [entry for entry in made.entries if entry.side == side])
+
+
+def _certificate_notes(side: Side, certificate: Mapping[str, Any]) -> list[str]:
+    """What of a certificate a user should read."""
+    notes = []
+    if lossy := certificate.get("lossy_texts"):
+        shown = ", ".join(repr(text) for text in lossy[:3])
+        notes.append(f"{side}: the tokenizer cannot write every character of {len(lossy)} texts ({shown}, ...)")
+    blocks = certificate.get("generation_blocks", {})
+    if blocks.get("differ"):
+        what = "the template's own {% generation %} blocks mark something else than the answer through its terminator"
+        notes.append(
+            f"{side}: in {blocks['differ']:,} rows {what} ({blocks['first'][0]}); what the server sends decides"
+        )
+    return notes
+
+
+def _fates(side: Side, rows: Sequence[Conversation], pairs: Pairs, options: ChatOptions) -> list[LedgerEntry]:
+    """What became of each row."""
     by_row: dict[str, list[Example]] = defaultdict(list)
     for example in pairs.examples:
         by_row[example.origin].append(example)
-    fitting, entries = [], []
-    for row in rows:
-        examples = by_row[row.origin]
-        fit = [e for e in examples if limit is None or e.length_tokens <= limit]
-        fitting += fit
-        long = len(examples) - len(fit)
+    long = defaultdict(list)
+    for each in pairs.dropped:
+        long[each.origin].append(each)
+    wrong = {_origin(problem): problem for problem in pairs.problems}
+    entries = []
+    for origin in dict.fromkeys(row.origin for row in rows):
+        examples, dropped = by_row[origin], long[origin]
+        cut = sum(example.cut_tokens for example in examples)
         rule, reason = "", ""
-        if long:
-            rule, reason = "too_long", f"{long} of {len(examples)} examples are longer than {limit} tokens"
+        if dropped:
+            rule = "too_long"
+            reason = f"{len(dropped)} of {len(dropped) + len(examples)} examples need more than {options.limit_tokens} tokens"
+        elif origin in wrong:
+            rule, reason = wrong[origin].rule, wrong[origin].what
         elif not examples:
             rule, reason = "no_target", "every answer has weight 0"
-        sums = len(fit), sum(len(e.prompt_tokens) for e in fit), sum(len(e.answer_tokens) for e in fit)
-        entries.append(LedgerEntry(row.origin, "used" if fit else "dropped", side, *sums, rule, reason))
-    return fitting, entries, certificate
+        elif cut:
+            rule, reason = "trim-context", f"old turns of {cut} tokens left the prompt so that the answer fits"
+        entries.append(
+            LedgerEntry(
+                origin, "dropped" if not examples else "split" if dropped else "cut" if cut else "used", side,
+                len(examples), sum(len(e.prompt_tokens) for e in examples), sum(len(e.answer_tokens) for e in examples),
+                cut, sum(each.prompt_tokens + each.answer_tokens for each in dropped), rule, reason,
+            )
+        )  # fmt: skip
+    return entries
 
 
-def context_tokens(folder: Path) -> int | None:
-    """max_position_embeddings of a model folder, if its config.json is there and says so."""
-    try:
-        found = orjson.loads((folder / "config.json").read_bytes())
-    except (OSError, orjson.JSONDecodeError):
-        return None
-    most = found.get("max_position_embeddings") or found.get("n_positions")
-    return most if isinstance(most, int) and most > 0 else None
+def configured(
+    data: Sequence[str], model: str, template: str | None = None, settings: Mapping[str, Any] | None = None
+) -> Config:
+    """A configuration for looking at data: settings are dotted keys with their values."""
+    given = {"model": model, "data.train": list(data), "template": template, "data.heldout": 0.0, **(settings or {})}
+    return load_config(None, given={key: value for key, value in given.items() if value is not None})
 
 
-def examples(data: Sequence[str], model: str, template: str | None = None) -> list[Example]:
-    """The examples that training on these files would learn, in order. model: as everywhere; weights are not needed."""
-    chat = open_chat(locate(model, need_weights=False).path, template)
-    pairs = make_examples(load_conversations(data).conversations, chat.tokenizer, chat.template)
+def examples(
+    data: Sequence[str], model: str, template: str | None = None, settings: Mapping[str, Any] | None = None
+) -> list[Example]:
+    """The examples that training on these files would learn, in order. model: as everywhere; weights are not needed.
+
+    settings: dotted configuration keys, {"targets.turns": "last"}. Raises DataError for rows that cannot be used.
+    """
+    config = configured(data, model, template, settings)
+    folder = locate(config.model, need_weights=False).path
+    chat = open_chat(folder, config.template, args=config.chat.template_args)
+    rows = load_conversations(sources(config), strict=config.data.strict).conversations
+    pairs = make_examples(rows, chat.tokenizer, chat.template, chat_options(config, folder, chat.tokenizer))
     if pairs.problems:
         raise DataError(*pairs.problems)
     return pairs.examples
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What `check` found. ok = no problem; tokens = prompt, answer, cut, dropped."""
-
-    ok: bool
-    rows: int
-    examples: int
-    problems: tuple[Problem, ...]
-    tokens: dict[str, int]
-    certificate: dict[str, Any]
-    exit_code: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """The contract's JSON document."""
-        problems = [{"origin": p.place, "rule": p.rule, "detail": f"{p.what}; {p.remedy}"} for p in self.problems]
-        return {"ok": self.ok, "rows": self.rows, "examples": self.examples, "problems": problems,
-                "tokens": self.tokens, "certificate": self.certificate}  # fmt: skip
-
-
-def check(data: Sequence[str], model: str, template: str | None = None) -> Checked:
-    """Make and certify every example of the files; problems are collected, not raised.
-
-    Raises ModelError where there is no usable tokenizer or template at all.
-    """
-    folder = locate(model, need_weights=False).path
-    chat = open_chat(folder, template)
-    nothing = {"prompt": 0, "answer": 0, "cut": 0, "dropped": 0}
-    try:
-        loaded: Loaded = load_conversations(data)
-        pairs = make_examples(loaded.conversations, chat.tokenizer, chat.template)
-    except InstilError as error:
-        return Checked(False, 0, 0, error.problems, nothing, {}, error.exit_code)
-    certificate, faults = certify(pairs.examples, loaded.conversations, chat.tokenizer, chat.template, loaded.digests)
-    limit = context_tokens(folder)
-    kept = [e for e in pairs.examples if limit is None or e.length_tokens <= limit]
-    tokens = {
-        "prompt": sum(len(e.prompt_tokens) for e in kept),
-        "answer": sum(len(e.answer_tokens) for e in kept),
-        "cut": 0,
-        "dropped": sum(e.length_tokens + 1 for e in pairs.examples) - sum(e.length_tokens + 1 for e in kept),
-    }
-    problems = (*pairs.problems, *faults)
-    rows = len(loaded.conversations) + len(loaded.dropped)
-    certificate["dropped_rows"] = {entry.origin: entry.rule for entry in loaded.dropped}
-    exit_code = 3 if pairs.problems else 4 if faults else 0
-    return Checked(not problems, rows, len(kept), problems, tokens, certificate, exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from instil.errors import DataError, ModelError, Problem
 from instil.folder import RunFolder, machine_facts, write_atomically, write_json
 from instil.model.locate import ModelFolder
 from instil.model.machine import peak_memory_bytes
+from instil.pack.loader import Loader
+from instil.plan import SourceUse, source_uses
 from instil.prepare import Chat, Prepared
 from instil.train.loop import Progress
 from instil.train.schedule import rate_warning
@@ -74,7 +77,7 @@ def write_record(run: RunFolder, config: Config, now: dict[str, Any], data: Prep
     write_json(run.manifest, {**now, **record, "numerics": numerics, **machine_facts()})
 
 
-def announcement(config: Config, data: Prepared, net: PreTrainedModel, steps: int) -> list[str]:
+def announcement(config: Config, data: Prepared, net: PreTrainedModel, loader: Loader, steps: int) -> list[str]:
     """What will be done, in a few lines, before it is."""
     rows, t = data.record["rows"], config.train
     parameters = sum(p.numel() for p in net.parameters())
@@ -90,10 +93,21 @@ def announcement(config: Config, data: Prepared, net: PreTrainedModel, steps: in
         f"{parameters / 1e6:,.1f}M parameters, {trainable / 1e6:,.1f}M trained ({kind}); rate {t.lr:g} {t.schedule}, "
         f"{t.epochs} epochs, {steps:,} steps of about {batch}, packs of up to {config.pack.tokens:,} tokens",
     ]
+    lines += mix_lines(source_uses(config, loader, data.train)) if loader.mixed is not None else []
+    lines += [f"note: {note}" for note in data.record["notes"]]
     if rows["dropped_by_rule"]:
         lines.append("dropped: " + ", ".join(f"{rule} {n:,}" for rule, n in rows["dropped_by_rule"].items()))
     warning = rate_warning(t.lr or 0.0, parameters, config.adapter.rank)
     return [*lines, f"warning: {warning}"] if warning else lines
+
+
+def mix_lines(uses: Sequence[SourceUse]) -> list[str]:
+    """What an epoch takes of each source."""
+    return [
+        f"mix: {use.path}: {use.used.share:.1%} of the target tokens ({use.asked} asked), "
+        f"{use.used.examples:,} of {use.examples:,} examples an epoch"
+        for use in uses
+    ]
 
 
 def summary(config: Config, progress: Progress, data: Prepared, seconds: float) -> dict[str, Any]:
@@ -113,4 +127,5 @@ def summary(config: Config, progress: Progress, data: Prepared, seconds: float) 
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "rows": data.record["rows"],
+        "account": data.record["account"],
     }

@@ -8,8 +8,9 @@ from typing import Any
 from instil.config import HARMLESS, Config, flat, load_config
 from instil.errors import Problem, UsageError
 from instil.model.adapters import default_alpha
-from instil.pack.plan import StepPlan, plan_steps
+from instil.pack.plan import StepPlan
 from instil.pack.store import ExampleStore
+from instil.plan import mixed_of, step_plan, total_steps
 from instil.train.loop import LoopPlan
 from instil.train.schedule import default_batch_examples, default_epochs, default_rate
 
@@ -48,20 +49,12 @@ def resolve(config: Config, train: ExampleStore, fitting_tokens: int, name: str)
         chosen["train.batch_examples"] = t.batch_examples or default_batch_examples(len(train))
     if config.adapter.rank:
         chosen["adapter.alpha"] = config.adapter.alpha or default_alpha(config.adapter.rank)
-    examples_per_target = len(train) / int(train.target_tokens.sum())
-    batch = t.batch_tokens * examples_per_target if t.batch_tokens else float(chosen["train.batch_examples"])
-    plan = plan_steps(train.lengths, batch, chosen["pack.tokens"])
     full = load_config(None, given={**flat(config.model_dump()), **chosen})
+    plan = step_plan(full, train, mixed_of(full, train))
     if full.evaluate.every_steps is None:
         every = max(1, round(total_steps(full, plan) / 4))
         full = load_config(None, given={**flat(full.model_dump()), "evaluate.every_steps": every})
     return full, plan
-
-
-def total_steps(config: Config, plan: StepPlan) -> int:
-    """Updates of the whole run: epochs * steps of an epoch, at most train.steps."""
-    steps = (config.train.epochs or 1) * plan.steps_per_epoch
-    return min(steps, config.train.steps) if config.train.steps else steps
 
 
 def loop_plan(config: Config, checkpoints: Path, steps: int) -> LoopPlan:

@@ -8,37 +8,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from instil.config import Config
 from instil.evaluate.likelihood import answer_loss
-from instil.folder import RunFolder, append_metrics, claim, keep_metrics_through, write_json
+from instil.folder import RunFolder, append_metrics, claim, keep_metrics_through, read_metrics, write_json
+from instil.forecast import DTYPES, compared, peak_memory, planned, predicted, resident_bytes
 from instil.model.adapters import add_lora, merged, save_adapter
 from instil.model.export import export_model, write_folder
 from instil.model.load import device_named, load_model
 from instil.model.locate import locate
 from instil.model.machine import set_up_machine
-from instil.model.memory import fitting_tokens
-from instil.pack.loader import Loader
-from instil.prepare import Prepared, data_digests, open_chat, prepare
+from instil.plan import mix_of
+from instil.prepare import Prepared, data_digests, open_chat, prepare, sources
 from instil.record import announcement, began_on, identity, refuse_changed, summary, write_record
 from instil.report.page import write_report
-from instil.resolve import loop_plan, recorded, resolve, total_steps
+from instil.resolve import loop_plan, recorded
 from instil.train import checkpoint
 from instil.train.loop import Progress
 from instil.train.loop import train as train_loop
 from instil.train.optim import MasterAdamW
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
 
 @dataclass(frozen=True)
 class Listener:
-    """Whom a run tells what it does: say(line), and on_step(record of the step, steps of the run)."""
+    """Whom a run tells what it does: say(line), on_step(record of the step, steps), on_rows(rows prepared, rows)."""
 
     say: Callable[[str], None] = lambda line: None
     on_step: Callable[[dict[str, Any], int], None] = lambda record, steps: None
+    on_rows: Callable[[int, int], None] = lambda done, rows: None
 
 
 def train(config: Config, *, fresh: bool = False, listener: Listener | None = None) -> Path:
@@ -53,24 +51,27 @@ def train(config: Config, *, fresh: bool = False, listener: Listener | None = No
     model = locate(config.model, need_weights=True)
     with claim(config, fresh=fresh) as run:
         config = recorded(config, run.config)
-        chat = open_chat(model.path, config.template, began_on(run))
+        chat = open_chat(model.path, config.template, began_on(run), config.chat.template_args)
+        mix_of(sources(config))
         digests = data_digests(config)
         what = identity(model, chat, digests)
         refuse_changed(run, what)
         if run.finished:
             tell.say(f"{run.path} is finished already; --fresh starts it over")
             return run.path if run.report.exists() else write_report(run.path).parent
-        data = prepare(config, model.path, chat, digests, run)
+        data = prepare(config, model.path, chat, digests, run, tell.on_rows)
+        resident = resident_bytes()
         net = load_model(
-            model.path, dtype=dtype if config.adapter.rank else torch.float32, device=device,
+            model.path, dtype=dtype if config.adapter.rank else DTYPES["fp32"], device=device,
             longest_tokens=int(data.train.lengths.max()),
         )  # fmt: skip
         adapted = add_lora(net, config.adapter, model.name, config.train.seed) if config.adapter.rank else None
         optimizer = MasterAdamW(net, dtype=dtype, weight_decay=config.train.weight_decay)
-        config, plan = resolve(config, data.train, fitting_tokens(net, dtype, device), run.path.name)
+        work = planned(config, data, net, device, run.path.name)
+        config, steps = work.config, work.steps
+        expected = predicted(work, peak_memory(work, net, device, resident_bytes=resident))
         write_record(run, config, what, data, net)
-        steps = total_steps(config, plan)
-        for line in announcement(config, data, net, steps):
+        for line in announcement(config, data, net, work.loader, steps):
             tell.say(line)
         progress = _resume(run, optimizer, tell)
 
@@ -78,15 +79,15 @@ def train(config: Config, *, fresh: bool = False, listener: Listener | None = No
             append_metrics(run.metrics, record)
             tell.on_step(record, steps)
 
-        loader = Loader(data.train, data.train.lengths, plan, config.train.seed)
         plan_of_loop, measure = loop_plan(config, run.checkpoints, steps), _measure(net, data, config)
-        train_loop(net, optimizer, loader, plan_of_loop, progress, measure=measure, log=log, facts=what)
+        train_loop(net, optimizer, work.loader, plan_of_loop, progress, measure=measure, log=log, facts=what)
         if adapted is not None:
             write_folder(run.adapter, lambda folder: save_adapter(adapted, folder))
             net = merged(adapted)
-        stops = [data.record["certificate"]["train"]["terminator"]["id"]]
-        export_model(net.eval(), run.model, source=model.path, template=chat.template.source, terminator_ids=stops)
-        write_json(run.summary, summary(config, progress, data, time.monotonic() - began))
+        stops = data.record["certificate"]["train"]["terminators"]
+        export_model(net.eval(), run.model, source=model.path, template=chat.template.source, terminators=stops)
+        found = summary(config, progress, data, time.monotonic() - began)
+        write_json(run.summary, {**found, "plan": compared(expected, found, read_metrics(run.metrics))})
         return write_report(run.path).parent
 
 

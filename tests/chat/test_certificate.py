@@ -9,9 +9,11 @@ import pytest
 from chat_samples import CHATML, LLAMA3, SPACED
 
 from instil.chat.certificate import certify
+from instil.chat.pairs import make_examples
+from instil.chat.targets import Targets
 from instil.chat.template import Template, load_template
 from instil.chat.tokenizer import load_tokenizer
-from instil.chat.turns import make_examples
+from instil.chat.turns import ChatOptions
 from instil.types import Conversation, Example, Message
 
 U, A = (lambda text, role=role: Message(role, text) for role in ("user", "assistant"))
@@ -26,9 +28,12 @@ def int32(*parts):
 
 
 def pair(example: Example, prompt, answer) -> Example:
-    """The example with other tokens, and weights that fit them."""
-    weights = np.ones(len(answer), dtype=np.float32)
-    return dataclasses.replace(example, prompt_tokens=int32(prompt), answer_tokens=int32(answer), weights=weights)
+    """The example with other tokens, and weights and kinds that fit them."""
+    weights, kinds = np.ones(len(answer), dtype=np.float32), np.zeros(len(answer), dtype=np.int8)
+    kinds[-1] = 3
+    return dataclasses.replace(
+        example, prompt_tokens=int32(prompt), answer_tokens=int32(answer), weights=weights, kinds=kinds
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +55,27 @@ def test_right_examples_are_certified(folder):
     pairs = make_examples(ROWS, tokenizer, template)
     certificate, problems = certify(pairs.examples, ROWS, tokenizer, template, {"train.jsonl": "ab12"})
     answers = [example.answer_tokens for example in pairs.examples]
-    end = {int(answer[-1]) for answer in answers}
+    end, total = {int(answer[-1]) for answer in answers}, sum(map(len, answers))
+    terminator = {"text": tokenizer.decode(list(end)), "id": min(end), "ids": list(end),
+                  "source": "the template writes it at the end of the turn"}  # fmt: skip
     assert problems == []
     assert certificate == {
         "examples": 3,
         "checked": 3,
+        "by_edit": 3,
+        "by_rendering": 0,
+        "as_given": 0,
+        "by_library": 3,
         "prompt_tokens": sum(len(example.prompt_tokens) for example in pairs.examples),
-        "answer_tokens": sum(map(len, answers)),
-        "target_tokens": sum(map(len, answers)),
-        "terminator": {"text": tokenizer.decode(list(end)), "id": end.pop()},
-        "merged_boundaries": pairs.merged_boundaries,
+        "answer_tokens": total,
+        "bos_examples": 3 * (tokenizer.bos_id() in [int(example.prompt_tokens[0]) for example in pairs.examples]),
+        "target_tokens": total,
+        "target_kinds": {"answer": total - 3, "reasoning": 0, "tool_call": 0, "terminator": 3, "prompt": 0},
+        "weight_sum": float(total),
+        "terminator": terminator,
+        "terminators": [terminator],
+        "lossy_texts": [],
+        "generation_blocks": {"agree": 0, "differ": 0, "first": []},
         "template_sha256": template.digest,
         "tokenizer_sha256": tokenizer.digest,
         "data_sha256": {"train.jsonl": "ab12"},
@@ -131,14 +147,26 @@ def test_wrong_weights_are_noticed(setting, change, rule):
     assert rule in rules(setting, dataclasses.replace(example, weights=change(example.weights)))
 
 
-def test_zero_weights_are_not_targets(setting):
-    """A token of weight 0 inside an answer is allowed, and not counted as a target."""
+def test_zero_weights_need_a_policy(setting):
+    """A token of weight 0 inside an answer is no target; it is allowed where the policy for its kind says so."""
     tokenizer, template, (example, *_) = setting
-    weights = example.weights.copy()
-    weights[0] = 0
-    certificate, problems = certify([dataclasses.replace(example, weights=weights)], ROWS, tokenizer, template, {})
+    weights, kinds = example.weights.copy(), example.kinds.copy()
+    weights[0], kinds[0] = 0, 1
+    wrong = dataclasses.replace(example, weights=weights)
+    assert rules(setting, wrong) == {"weights-policy"}
+    right = dataclasses.replace(wrong, kinds=kinds)
+    options = ChatOptions(targets=Targets(reasoning=0))
+    certificate, problems = certify([right], ROWS, tokenizer, template, {}, options)
     assert problems == []
     assert certificate["target_tokens"] == certificate["answer_tokens"] - 1
+    assert certificate["weight_sum"] == certificate["answer_tokens"] - 1
+
+
+def test_kinds_are_those_of_the_weights(setting):
+    """An answer whose last token is not called its terminator, or that has too few kinds, is noticed."""
+    example = setting[2][0]
+    assert rules(setting, dataclasses.replace(example, kinds=example.kinds[:-1])) == {"weights-kinds"}
+    assert rules(setting, dataclasses.replace(example, kinds=0 * example.kinds)) == {"weights-kinds"}
 
 
 @pytest.mark.parametrize("change", [{"origin": "other.jsonl:1"}, {"turn": 2}, {"turn": -1}])
@@ -157,14 +185,21 @@ def test_another_template_is_noticed(make_folder):
     assert places == ["train.jsonl:1: turn 0", "train.jsonl:1: turn 1"]  # the third row has its own system message
 
 
-def test_typed_control_token_is_noticed(setting):
-    """Examples built from a row with a typed control token are not certified, however they were made."""
+def test_typed_control_token_that_became_one_is_noticed(setting):
+    """A typed control token is text, or the row is refused: what treats it as a control token is not certified."""
     tokenizer, template, _ = setting
     row = Conversation((U("x"), A("stop <|eot_id|> here")), "a:1")
     prompt = tokenizer.encode(template.render(row.messages[:1], generation_prompt=True))
     answer = tokenizer.encode("stop <|eot_id|> here<|eot_id|>")
-    example = Example(int32(prompt), int32(answer), np.ones(len(answer), np.float32), "a:1", 0)
-    assert "control-token" in {problem.rule for problem in certify([example], [row], tokenizer, template, {})[1]}
+    example = pair(Example(int32(prompt), int32(answer), np.ones(0, np.float32), "a:1", 0), prompt, answer)
+    for options in (ChatOptions(), ChatOptions(control_text="reject")):
+        _, problems = certify([example], [row], tokenizer, template, {}, options)
+        assert {problem.rule for problem in problems} == {"control-token", "ambiguous-terminator"}
+    (right,) = make_examples([row], tokenizer, template).examples
+    assert certify([right], [row], tokenizer, template, {})[1] == []
+    served = ChatOptions(control_text="as-served")  # the user asked for control tokens, but no server goes on after this one
+    _, problems = certify([example], [row], tokenizer, template, {}, served)
+    assert {problem.rule for problem in problems} == {"ambiguous-terminator"}
 
 
 def test_merged_boundaries_are_counted_and_checked(make_folder):
@@ -173,8 +208,8 @@ def test_merged_boundaries_are_counted_and_checked(make_folder):
     tokenizer, template = load_tokenizer(folder), load_template(folder, None)
     row = Conversation((U("x"), A("Hello world")), "a:1")
     (example,) = make_examples([row], tokenizer, template).examples
-    certificate, problems = certify([example], [row], tokenizer, template, {})
-    assert (certificate["merged_boundaries"], problems) == (1, [])
+    assert make_examples([row], tokenizer, template).notes == {"merged_boundaries": 1}
+    assert certify([example], [row], tokenizer, template, {})[1] == []
     late = pair(example, example.prompt_tokens, example.answer_tokens[1:])
     assert "answer-differs" in {problem.rule for problem in certify([late], [row], tokenizer, template, {})[1]}
 

@@ -28,8 +28,18 @@ CONVERSATIONS = {
 }
 
 
+def chat(template, messages):
+    """The messages as a server is sent them: contents in parts where the template wants that."""
+    parts = template is not None and template.content_parts
+    return [
+        message.as_dict() | ({"content": [{"type": "text", "text": message.content}]} if parts else {})
+        for message in messages
+    ]
+
+
 def both(folder, oracle, source, messages, tools, generation_prompt):
     """The rendering, or None where it is refused: ours and transformers'."""
+    template = None
     try:
         template = Template(source, {"bos_token": "<s>", "eos_token": "</s>"}, place="t")
         ours = template.render(messages, tools=tools, generation_prompt=generation_prompt)
@@ -37,7 +47,7 @@ def both(folder, oracle, source, messages, tools, generation_prompt):
         ours = None
     try:
         theirs = oracle.apply_chat_template(
-            [message.as_dict() for message in messages],
+            chat(template, messages),
             tools=list(tools) or None,
             chat_template=source,
             add_generation_prompt=generation_prompt,
@@ -60,6 +70,31 @@ def test_real_templates_render_as_in_transformers(shared_templates, chatml, orac
         assert ours == theirs, path.name
         rendered += ours is not None
     assert rendered >= 25
+
+
+def test_contents_become_parts_only_where_text_alone_is_lost(shared_templates, chatml):
+    """LLaVA's template wants lists of parts; every other real template that renders takes plain text."""
+    wanting = []
+    for path in sorted(shared_templates.glob("*.jinja")):
+        template = Template(path.read_text(encoding="utf-8"), {"bos_token": "<s>", "eos_token": "</s>"}, place="t")
+        wanting += [path.stem] if template.content_parts else []
+    assert wanting == ["llava_next"]
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", False),
+        ("{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}", True),
+        ("{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }}{% endfor %}", False),
+        ("{% for m in messages %}{{ m.role }}{# no content, no text #}{% endfor %}", False),
+    ],
+)
+def test_content_parts_are_found_out_by_trying(source, parts):
+    """A template gets plain text unless the text does not come through and parts do."""
+    template = Template(source, {}, place="t")
+    assert template.content_parts == parts
+    assert ("hello" in template.render([Message("user", "hello")], generation_prompt=True)) == ("m.content" in source)
 
 
 def test_own_templates_render_as_in_transformers(folder, oracle):
@@ -117,7 +152,8 @@ def test_override_wins_then_the_file_then_the_configuration(make_folder, tmp_pat
     override = tmp_path / "mine.jinja"
     override.write_bytes("eigene Größe\r\n".encode())
     assert load_template(folder, override).render([USER], generation_prompt=True) == "eigene Größe"
-    assert load_template(folder, override).digest == hashlib.sha256(override.read_bytes()).hexdigest()
+    text = override.read_bytes().replace(b"\r\n", b"\n")  # line ends of one kind, whatever the file has
+    assert load_template(folder, override).digest == hashlib.sha256(text).hexdigest()
     assert load_template(folder, None).source == "file"
     (folder / "chat_template.jinja").unlink()
     assert load_template(folder, None).source == "D"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from instil.chat.tokenizer import load_tokenizer
+from instil.chat.tokenizer import eos_ids, load_tokenizer
 from instil.errors import ModelError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -106,6 +106,44 @@ def test_broken_files_are_refused_by_name(make_folder, name, content):
     (folder / name).write_text("{not json")
     with pytest.raises(ModelError, match=name):
         load_tokenizer(folder)
+
+
+UNKNOWN = '{"version": "1.0", "model": {"type": "Gloop"}}'
+
+
+@pytest.mark.parametrize(("content", "what"), [
+    ("{not json", "not a tokenizer: "), ("[" * 100_000, "not a tokenizer: "), ("", "not a tokenizer: "),
+    (UNKNOWN, "does not know what is in it"), ('{"version": "9.0"}', "does not know what is in it"),
+])  # fmt: skip
+def test_broken_is_told_from_unknown(make_folder, content, what):
+    """A damaged file is to be fetched again; a type that the library does not know asks for a newer library."""
+    folder = make_folder()
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match=what) as refused:
+        load_tokenizer(folder)
+    assert ("pip install --upgrade tokenizers" in str(refused.value)) is ("know" in what)
+
+
+def test_eos_is_told_as_each_file_has_it(make_folder):
+    """The three files may disagree, or name what is no token; all of it is reported, and nothing is decided."""
+    folder = make_folder()
+    tokenizer = load_tokenizer(folder)
+    end, turn = tokenizer.control_tokens["</s>"], tokenizer.control_tokens["<|im_end|>"]
+    assert eos_ids(folder, tokenizer) == {"tokenizer_config.json": [("</s>", end)]}
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": turn}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [turn, end, 10**6]}))
+    assert eos_ids(folder, tokenizer) == {
+        "tokenizer_config.json": [("</s>", end)],
+        "config.json": [("<|im_end|>", turn)],
+        "generation_config.json": [("<|im_end|>", turn), ("</s>", end), (None, 10**6)],
+    }
+    (folder / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": end}}))
+    assert eos_ids(folder, tokenizer)["config.json"] == [("</s>", end)]
+    bare = make_folder(eos_token=None)
+    assert eos_ids(bare, load_tokenizer(bare)) == {}
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
+    with pytest.raises(ModelError, match=r"config\.json: eos_token_id: '</s>' is not a token's number"):
+        eos_ids(folder, tokenizer)
 
 
 def test_real_vocabulary_reads_and_round_trips(tmp_path):

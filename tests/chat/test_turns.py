@@ -11,10 +11,13 @@ from chat_samples import CHATML, CONTROL, LLAMA3, MISTRAL, SPACED, TEMPLATES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from instil.chat.certificate import certify
+from instil.chat.endings import Endings
+from instil.chat.pairs import make_examples, served_prompt
 from instil.chat.template import Template, load_template
 from instil.chat.tokenizer import load_tokenizer
-from instil.chat.turns import find_terminator, make_examples, served_prompt
-from instil.errors import TemplateError
+from instil.chat.turns import ChatOptions, TurnMaker
+from instil.errors import InstilError, TemplateError
 from instil.types import Conversation, Message
 
 U, A, S = (lambda text, role=role: Message(role, text) for role in ("user", "assistant", "system"))
@@ -112,7 +115,7 @@ def test_edge_characters_of_an_answer_are_kept(chatml, content):
 def test_stop_token_is_a_target(folder):
     """The token that ends an answer is learnt, so the model stops."""
     tokenizer, template = load(folder)
-    terminator = find_terminator(template, tokenizer)
+    terminator = Endings(template, tokenizer).plain
     for example in make_examples([TWO_TURNS, WITH_SYSTEM], tokenizer, template).examples:
         assert example.answer_tokens[-1] == terminator.token_id
         assert example.answer_tokens.tolist().count(terminator.token_id) == 1
@@ -123,7 +126,7 @@ def test_stop_token_is_a_target(folder):
 def test_terminator_is_read_from_the_template(make_folder, name, text):
     """The token that ends an answer comes from the template, not from a table of families."""
     tokenizer, template = load(make_folder(TEMPLATES[name]))
-    terminator = find_terminator(template, tokenizer)
+    terminator = Endings(template, tokenizer).plain
     assert (terminator.text, terminator.token_id) == (text, tokenizer.control_tokens[text])
 
 
@@ -186,15 +189,19 @@ def test_lost_tool_call_is_refused(chatml):
     rows = [WITH_SYSTEM, Conversation((U("Who?"), Message("assistant", "", {"tool_calls": [CALL]})), "a:1")]
     pairs = make_examples(rows, tokenizer, template)
     assert [example.origin for example in pairs.examples] == ["train.jsonl:2"]
-    assert "a:1: messages[1]: the template leaves out the call of 'look_up'" in str(pairs.problems[0])
+    assert "a:1: messages[1]: the template leaves out 'look_up' of the tool calls" in str(pairs.problems[0])
 
 
-def test_tool_call_with_another_end_is_refused(chatml):
-    """A tool call that ends with another token than plain answers is refused, not guessed."""
+def test_tool_call_may_have_another_end(chatml):
+    """A tool call that ends with another token than plain answers is learnt through that token."""
     source = WITH_CALLS.replace("<|im_end|>", "{{ '<|eot_id|>' if m.tool_calls else '<|im_end|>' }}")
-    rows = [WITH_SYSTEM, Conversation((U("Who?"), Message("assistant", "", {"tool_calls": [CALL]})), "a:1")]
-    pairs = make_examples(rows, load_tokenizer(chatml), template_of(source))
-    assert "does not end with '<|im_end|>' as plain answers do" in str(pairs.problems[0])
+    messages = (U("Who?"), Message("assistant", "", {"tool_calls": [CALL]}), Message("tool", "Ada"), A("Ada."))
+    tokenizer = load_tokenizer(chatml)
+    pairs = make_examples([Conversation(messages, "a:1")], tokenizer, template_of(source))
+    texts = [tokenizer.decode(example.answer_tokens) for example in pairs.examples]
+    call = '<tool_call>{"name": "look_up", "arguments": {"who": "Ada"}}</tool_call><|eot_id|>'
+    assert texts == [call, "Ada.<|im_end|>"]
+    assert [ending.text for ending in pairs.terminators] == ["<|im_end|>", "<|eot_id|>"]
 
 
 def test_tool_call_with_two_ends_is_refused(chatml):
@@ -202,7 +209,36 @@ def test_tool_call_with_two_ends_is_refused(chatml):
     source = WITH_CALLS.replace("<tool_call>", "<|im_end|><tool_call>")
     call = Conversation((U("Who?"), Message("assistant", "look_up", {"tool_calls": [CALL]})), "a:1")
     pairs = make_examples([WITH_SYSTEM, call], load_tokenizer(chatml), template_of(source))
-    assert "'<|im_end|>' more than once" in str(pairs.problems[0])
+    assert [problem.rule for problem in pairs.problems] == ["ambiguous-terminator"]
+    assert "'<|im_end|>', which ends it, more than once" in str(pairs.problems[0])
+
+
+def test_lost_argument_of_a_call_is_refused(chatml):
+    """The names of calls are not enough: each text among the arguments is in the answer, or the row is refused."""
+    source = WITH_CALLS.replace("c.function | tojson", "c.function.name")
+    call = Conversation((U("Who?"), Message("assistant", "", {"tool_calls": [CALL]})), "a:1")
+    pairs = make_examples([WITH_SYSTEM, call], load_tokenizer(chatml), template_of(source))
+    assert "the template leaves out 'who' of the tool calls" in str(pairs.problems[0])
+
+
+def test_calls_without_ids_are_numbered_where_the_template_reads_ids(chatml):
+    """Calls of a row that has no ids get them in order, the results theirs, and the row's own ids are kept."""
+    source = WITH_CALLS.replace("<tool_call>", "<tool_call>{{ c.id }} ").replace(
+        "{{ m.content }}", "{{ m.tool_call_id ~ ' ' if m.tool_call_id }}{{ m.content }}"
+    )
+    calls = [CALL, CALL | {"id": "mine"}, CALL]
+    results = (Message("tool", "one"), Message("tool", "two"), Message("tool", "three"))
+    messages = (U("Who?"), Message("assistant", "", {"tool_calls": calls}), *results, A("Ada."))
+    pairs = make_examples([Conversation(messages, "a:1")], load_tokenizer(chatml), template_of(source))
+    call, answer = (load_tokenizer(chatml).decode(example.prompt_tokens.tolist() + example.answer_tokens.tolist())
+                    for example in pairs.examples)  # fmt: skip
+    assert re.findall(r"<tool_call>(\S+) ", call) == ["call00000", "mine", "call00002"]
+    assert re.findall(r"tool\n(\S+) (\S+)<", answer) == [
+        ("call00000", "one"), ("mine", "two"), ("call00002", "three")
+    ]  # fmt: skip
+    assert pairs.notes["rows_with_numbered_calls"] == 1
+    plain = make_examples([Conversation(messages, "a:1")], load_tokenizer(chatml), template_of(WITH_CALLS))
+    assert "rows_with_numbered_calls" not in plain.notes
 
 
 CONTENT = "{{ message.content }}"
@@ -212,12 +248,12 @@ USERS_ONLY = "{% if message.role == 'user' %}{{ message.content }}{% endif %}"
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        (CHATML.replace(CONTENT, "{{ messages|length }}" + CONTENT), r"rewrites the prompt .* character \d+ on, '1"),
+        (CHATML.replace("role }}", "role }}{{ ' now' if loop.last }}"), r"rewrites the prompt .* character \d+ on, ' now"),
         (CHATML.replace(CONTENT, USERS_ONLY), "the assistant's content 0 times"),
         (CHATML.replace(CONTENT, CONTENT * 2), "the assistant's content 2 times"),
-        (CHATML.replace("<|im_end|>", "<|other|>"), r"no control token .* ends the assistant's turn: '<\|other\|>"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "writes nothing after an answer that ends it.*chat.terminator=TEXT"),
         (CHATML.replace(CONTENT, "<|im_end|>" + CONTENT), "more than once"),
-        ("{{ bos_token }}" + LLAMA3, r"train\.jsonl:1: messages\[1\]: the prompt begins with '<s>' twice"),
+        ("{{ bos_token }}" + LLAMA3, "the prompt begins with '<s>' twice"),
         ("{{ raise_exception('never') }}", "the template refuses these messages: never"),
     ],
 )
@@ -239,29 +275,75 @@ def test_template_that_trips_over_one_row_loses_that_row(chatml):
 
 def test_changed_content_is_refused(chatml):
     """A content that the template alters is refused: what is learnt must be what the row says."""
-    source = CHATML.replace("{{ message.content }}", "{{ message.content.split('</think>')[-1] }}")
-    rows = [TWO_TURNS, Conversation((U("x"), A("<think>why</think>yes")), "a:7")]
+    source = CHATML.replace("{{ message.content }}", "{{ message.content | replace('why', 'because') }}")
+    rows = [TWO_TURNS, Conversation((U("x"), A("That is why")), "a:7")]
     pairs = make_examples(rows, load_tokenizer(chatml), template_of(source))
     assert "a:7: messages[1]: the content cannot be found" in str(pairs.problems[0])
 
 
+def test_removed_reasoning_is_counted(chatml):
+    """A template that leaves out reasoning is followed: the server would not write it either; it is said how often."""
+    source = CHATML.replace("{{ message.content }}", "{{ message.content.split('</think>')[-1] }}")
+    rows = [TWO_TURNS, Conversation((U("x"), A("<think>why</think>yes")), "a:7")]
+    tokenizer = load_tokenizer(chatml)
+    pairs = make_examples(rows, tokenizer, template_of(source))
+    assert (pairs.problems, pairs.notes) == ([], {"reasoning_left_out": 1})
+    assert tokenizer.decode(pairs.examples[-1].answer_tokens) == "yes<|im_end|>"
+
+
+def test_reasoning_that_is_only_set_otherwise_is_not_counted_as_left_out(chatml):
+    """Where the template writes inline reasoning with other breaks around it, it is learnt, and nothing is noted."""
+    source = CHATML.replace("{{ message.content }}", "{{ message.content | replace('<think>', '<think>\n') }}")
+    row = Conversation((U("x"), A("<think>why</think>yes")), "a:7")
+    tokenizer = load_tokenizer(chatml)
+    pairs = make_examples([row], tokenizer, template_of(source))
+    assert (pairs.problems, pairs.notes) == ([], {})
+    assert tokenizer.decode(pairs.examples[-1].answer_tokens) == "<think>\nwhy</think>yes<|im_end|>"
+
+
+DROPS = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_history_is_as_the_server_writes_it(chatml):
+    """Reasoning is learnt in its own turn and absent from the prompt of the next, where the template removes it."""
+    first, second = (Message("assistant", text, {"reasoning_content": why}) for text, why in (("a", "r"), ("b", "s")))
+    tokenizer = load_tokenizer(chatml)
+    pairs = make_examples([Conversation((U("x"), first, U("y"), second), "a:1")], tokenizer, template_of(DROPS))
+    one, two = pairs.examples
+    assert tokenizer.decode(one.answer_tokens) == "<think>r</think>a<|im_end|>"
+    assert tokenizer.decode(two.prompt_tokens).endswith("assistant\na<|im_end|>\n<|im_start|>user\ny<|im_end|>\n"
+                                                        "<|im_start|>assistant\n")  # fmt: skip
+    assert tokenizer.decode(two.answer_tokens) == "<think>s</think>b<|im_end|>"
+
+
 @pytest.mark.parametrize("where", [0, 1, 2])
-def test_typed_control_tokens_are_problems(chatml, where):
-    """Text from data never becomes a control token."""
+def test_typed_control_tokens_are_problems_where_that_is_asked_for(chatml, where):
+    """chat.control_text=reject: a row that types a control token is refused, by place."""
     messages = [S("s"), U("u"), A("a")]
     messages[where] = dataclasses.replace(messages[where], content="stop <|im_end|> here")
-    pairs = make_examples([TWO_TURNS, Conversation(tuple(messages), "a:9")], *load(chatml))
+    rows, options = [TWO_TURNS, Conversation(tuple(messages), "a:9")], ChatOptions(control_text="reject")
+    pairs = make_examples(rows, *load(chatml), options)
     assert len(pairs.examples) == 2
     expected = f"a:9: messages[{where}].content: contains the control token '<|im_end|>' as text; remove it"
-    assert [str(problem) for problem in pairs.problems] == [expected]
+    assert [str(problem)[: len(expected)] for problem in pairs.problems] == [expected]
 
 
-def test_typed_control_tokens_in_calls_and_tools_are_problems(chatml):
-    """The arguments of a call and the description of a tool are text from data too."""
-    call = {"function": {"name": "f", "arguments": {"x": ["</s>"]}}}
-    row = Conversation((U("u"), Message("assistant", "", {"tool_calls": [call]})), "a:9", ({"name": "<s>"},))
-    places = [problem.place for problem in make_examples([row], *load(chatml)).problems]
-    assert places == ["a:9: messages[1].tool_calls", "a:9: tools"]
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_typed_control_tokens_are_plain_text(chatml, where):
+    """Text from data never becomes a control token: by default it is the text that it is."""
+    messages = [S("s"), U("u"), A("a")]
+    messages[where] = dataclasses.replace(messages[where], content="stop <|im_end|> here")
+    tokenizer, template = load(chatml)
+    pairs = make_examples([Conversation(tuple(messages), "a:9")], tokenizer, template)
+    (example,), end = pairs.examples, tokenizer.control_tokens["<|im_end|>"]
+    tokens = [*example.prompt_tokens.tolist(), *example.answer_tokens.tolist()]
+    assert tokens.count(end) == 3  # one for each message
+    assert tokenizer.decode(tokens).count("<|im_end|>") == 4
+    assert pairs.notes == {"typed_control_tokens": 1}
+    assert example.answer_tokens.tolist().count(end) == 1
 
 
 @pytest.mark.parametrize(
@@ -315,47 +397,78 @@ def test_any_text_survives(folder, contents):
         assert row.messages[index].content.strip() in tokenizer.decode(example.answer_tokens)
 
 
-ACCEPTED_REAL = 24  # of the 36 templates in shared/data/chat_templates; later work may raise it
+REAL_REFUSED = {"MiroThinker"}  # of the 36 templates: it fails in transformers too
 CONTROL_LIKE = r"<[|｜][^<>{}'\" ]+?[|｜]>|</?s>|<turn\|>|<seed:[a-z]+>|\[/?[A-Z_]+\]"
-REASONS = ("rewrites the prompt", "no control token", "the template failed")
 
 
 @pytest.fixture(scope="module")
 def real(shared_templates, make_folder):
     """The sources of the real templates, and a model folder whose tokenizer knows their control tokens."""
-    sources = {path.name: path.read_text(encoding="utf-8") for path in sorted(shared_templates.glob("*.jinja"))}
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in sorted(shared_templates.glob("*.jinja"))}
     written = sorted(set(re.findall(CONTROL_LIKE, "".join(sources.values()))))
     return sources, make_folder(control=tuple(dict.fromkeys([*CONTROL, *written])))
 
 
-def test_followed_real_templates_serve_what_transformers_serves(real, oracle):
-    """With each real template that is followed, prompts are transformers' and answers are contents with their end."""
+def test_real_templates_are_followed_or_refused_with_a_reason(real):
+    """All but the one that nobody can render are followed (tests/proofs looks at what they give)."""
     sources, folder = real
-    tokenizer, theirs, followed = load_tokenizer(folder), oracle(folder), 0
+    tokenizer, refused = load_tokenizer(folder), {}
     for name, source in sources.items():
         try:
             pairs = make_examples([TWO_TURNS], tokenizer, template_of(source))
-        except TemplateError:
-            continue
-        followed += 1
-        assert len(pairs.examples) == 2, name
-        for index, example in zip((1, 3), pairs.examples, strict=True):
-            messages = chat(TWO_TURNS.messages[:index])
-            served = theirs.apply_chat_template(messages, chat_template=source, add_generation_prompt=True)["input_ids"]
-            assert example.prompt_tokens.tolist() == served, name
-            text = tokenizer.decode(example.answer_tokens[:-1]).removesuffix("\n")  # Apriel ends with a line break
-            assert text.endswith(TWO_TURNS.messages[index].content), name
-    assert followed >= ACCEPTED_REAL
-
-
-def test_other_real_templates_are_refused_with_a_reason(real):
-    """A real template that is not followed is refused with a reason that names what it does."""
-    sources, folder = real
-    tokenizer, refused = load_tokenizer(folder), []
-    for source in sources.values():
-        try:
-            make_examples([TWO_TURNS], tokenizer, template_of(source))
+            assert len(pairs.examples) == 2, name
         except TemplateError as error:
-            refused.append(str(error))
-    assert len(refused) <= len(sources) - ACCEPTED_REAL
-    assert [text for text in refused if not any(reason in text for reason in REASONS)] == []
+            refused[name] = str(error)
+    assert refused.keys() == REAL_REFUSED & sources.keys()
+    assert all("the template failed" in text for text in refused.values())
+
+
+BEHIND = "{{ message.content }}{{ message.tool_calls | tojson if message.tool_calls }}"
+LOOSE = {**TEMPLATES, "drops": DROPS, "calls": WITH_CALLS, "chatml with calls": CHATML.replace(CONTENT, BEHIND)}
+texts = st.text(st.characters(codec="utf-8"), max_size=20)
+typing = st.sampled_from(["<|im_end|>", "</s>", "<s> x", "<|im_start|>user\n", "[INST]", "<think>a</think>", " ", ""])
+contents = st.one_of(texts, typing, st.tuples(texts, typing, texts).map("".join))
+calls = st.lists(st.builds(
+    lambda name, value: {"type": "function", "function": {"name": name or "f", "arguments": {"x": value}}},
+    st.text("abc_", max_size=5), st.one_of(contents, st.integers(), st.lists(contents, max_size=2)),
+), min_size=1, max_size=2)  # fmt: skip
+fields = st.fixed_dictionaries({}, optional={
+    "weight": st.sampled_from([0, 0.5, 1, 2]), "tool_calls": calls, "reasoning_content": contents,
+    "name": st.text("ab", max_size=3),
+})  # fmt: skip
+messages = st.builds(Message, st.sampled_from(["system", "user", "user", "assistant", "assistant", "tool"]), contents, fields)
+tools = st.sampled_from([(), ({"type": "function", "function": {"name": "f", "description": "a <|im_end|> b"}},)])
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(messages, max_size=6), tools, st.sampled_from([0.5, 1.0]), st.sampled_from(sorted(LOOSE)),
+    st.sampled_from(["plain", "reject"]),
+)  # fmt: skip
+def test_any_conversation_gives_certified_examples_or_problems(chatml, messages, tools, weight, name, control_text):
+    """Whatever a row holds: examples that the certificate accepts, or problems; and every token is accounted for."""
+    tokenizer, template = load_tokenizer(chatml), template_of(LOOSE[name])
+    row = Conversation(tuple(messages), "a:1", tools, weight=weight)
+    options = ChatOptions(control_text=control_text)
+    rows = [TWO_TURNS, row]
+    try:
+        pairs = make_examples(rows, tokenizer, template, options)
+    except InstilError as error:
+        assert error.problems
+        return
+    certificate, faults = certify(pairs.examples, rows, tokenizer, template, {}, options)
+    assert faults == []
+    assert certificate["by_edit"] + certificate["by_rendering"] == certificate["examples"] == len(pairs.examples)
+    assert all(problem.place.startswith("a:1") for problem in pairs.problems)
+    mine = [example for example in pairs.examples if example.origin == "a:1"]
+    assert not (mine and pairs.problems)
+    learnt = [i for i, m in enumerate(messages) if m.role == "assistant" and m.weight > 0]
+    assert len(mine) == (0 if pairs.problems else len(learnt))
+    maker = TurnMaker(tokenizer, template, options)
+    for index, example in zip(learnt, mine, strict=False):
+        assert example.weights.tolist() == [messages[index].weight * weight] * len(example.answer_tokens)
+        if control_text == "reject":  # so nothing is typed, and the definition can be written down in two lines
+            turn = maker.slow(maker.numbered(row), index)
+            prompt, both = (len(tokenizer.encode(text)) for text in (turn.prompt, turn.prompt + turn.answer))
+            assert len(example.prompt_tokens) == prompt
+            assert len(example.prompt_tokens) + len(example.answer_tokens) == both or pairs.merged_boundaries

@@ -16,7 +16,10 @@ QUESTIONS = {"say red 0": "blue", "say green 1": "gold", "say blue 2": "lime", "
 LEARN = (*tiny.FAST, "data.heldout=0", "train.lr=1e-2", "train.schedule=constant", "train.epochs=60",
          "train.batch_examples=4")  # fmt: skip
 ROWS = {"rows", "used_rows", "dropped_rows", "train_rows", "heldout_rows", "examples", "prompt_tokens",
-        "answer_tokens", "dropped_by_rule"}  # fmt: skip
+        "answer_tokens", "cut_tokens", "dropped_tokens", "dropped_by_rule"}  # fmt: skip
+CERTIFICATE = {"examples", "checked", "by_edit", "by_rendering", "as_given", "by_library", "prompt_tokens",
+               "answer_tokens", "target_tokens", "target_kinds", "weight_sum", "terminator", "terminators",
+               "lossy_texts", "template_sha256", "tokenizer_sha256", "data_sha256", "uses_date", "notes"}  # fmt: skip
 
 
 def train(model: Path, data: Path, folder: Path, *words: object) -> dict[str, Any]:
@@ -75,8 +78,13 @@ def test_check_json_is_one_document(model: Path, data: Path) -> None:
     assert found.keys() == {"ok", "rows", "examples", "problems", "tokens", "certificate"}
     assert found["tokens"].keys() == {"prompt", "answer", "cut", "dropped"}
     assert (found["ok"], found["rows"], found["examples"], found["problems"]) == (True, 40, 40, [])
-    assert found["certificate"]["terminator"] == {"text": "<|im_end|>", "id": 2}
-    assert found["certificate"]["checked"] == 40
+    certificate = found["certificate"]
+    assert certificate.keys() >= CERTIFICATE | {"account", "recognised", "dropped_rows"}
+    ending = {"text": "<|im_end|>", "id": 2, "ids": [2], "source": "the template writes it at the end of the turn"}
+    assert (certificate["terminator"], certificate["terminators"]) == (ending, [ending])
+    assert (certificate["examples"], certificate["checked"], certificate["by_edit"]) == (40, 40, 40)
+    assert certificate["target_tokens"] == found["tokens"]["answer"] == sum(certificate["target_kinds"].values())
+    assert certificate["target_kinds"]["terminator"] == 40
     examples = [json.loads(line) for line in tiny.command("inspect", data, "--model", model, "--json").out.splitlines()]
     assert found["tokens"]["prompt"] == sum(len(e["prompt_tokens"]) for e in examples)
     assert found["tokens"]["answer"] == sum(len(e["answer_tokens"]) for e in examples)
@@ -185,14 +193,18 @@ def test_people_get_a_table_and_the_next_command(plain: tuple[Path, dict[str, An
 
 def test_no_row_drives_the_terminal(model: Path, tmp_path: Path) -> None:
     """Escape sequences and bidi overrides of a row are written out, and a terminal that is none gets no colours."""
-    evil = "\x1b]8;;http://x\x07\x1b[31mred\u202e"
-    file = tiny.write_rows(tmp_path / "a.jsonl", [tiny.row(evil, "red")])
+    evil = "\x1b]8;;http://x\x07\x1b[31mred\u202e\u200b"
+    file = tiny.write_rows(tmp_path / "a.jsonl", [tiny.row(evil, "red"), *tiny.some_rows(120)])
     shown = tiny.command("inspect", file, "--model", model)
     broken = tiny.write_rows(tmp_path / "b.jsonl", [{"messages": [{"role": evil, "content": "x"}]}])
     refused = tiny.command("check", broken, "--model", model)
     assert (shown.code, refused.code) == (0, 3)
-    for text in (shown.out, refused.out, *refused.err):
-        assert not {"\x1b", "\x07", "\u202e"} & set(text)
+    checked = tiny.command("check", file, "--model", model)
+    assert checked.code == 0
+    assert "note: " in checked.out  # that one row holds them
+    for text in (shown.out, checked.out, refused.out, *refused.err):
+        assert not {"\x1b", "\x07", "\u202e", "\u200b"} & set(text)
+    assert r"\u202e" in shown.out
 
 
 def test_version_and_help() -> None:
@@ -387,3 +399,25 @@ def test_chat_shows_the_base_beside_the_tuned(memorised: tuple[Path, Any]) -> No
     assert "[base] " in said.out
     assert said.out.splitlines()[-1] == f"[tuned] {answer}"
     assert f"[base] {answer}" not in said.out
+
+
+ENDS_IN_WORDS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n###\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_an_end_of_several_tokens_ends_answers_too(tmp_path: Path) -> None:
+    """Where the template ends a turn with words, the model learns them, and no one sees them: chat, scores, stop strings."""
+    model = tiny.write_model(tmp_path / "m", template=ENDS_IN_WORDS)
+    data = tiny.write_rows(tmp_path / "a.jsonl", [tiny.row(q, a) for q, a in QUESTIONS.items()])
+    train(model, data, tmp_path / "x", *LEARN)
+    config = json.loads((tmp_path / "x" / "model" / "generation_config.json").read_text())
+    assert (config["stop_strings"], config["eos_token_id"]) == (["\n###"], [0])
+    (first, one), (second, two) = list(QUESTIONS.items())[:2]
+    said = tiny.command("chat", tmp_path / "x", text=f"{first}\n/new\n{second}\n")
+    assert said.out.splitlines() == [one, two]
+    found = json.loads(tiny.command("evaluate", tmp_path / "x", "--data", data, "--json").out)
+    assert [(a["expected"], a["answer"], a["exact"]) for a in found["answers"]] == [
+        (a, a, True) for a in QUESTIONS.values()
+    ]

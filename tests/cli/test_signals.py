@@ -146,7 +146,7 @@ def test_ctrl_c_before_training_leaves_nothing(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare, "certify", stop)
+    monkeypatch.setattr(prepare, "certified", stop)
     before = tiny.tree(tmp_path)
     assert tiny.command(*words(model, data, tmp_path / "runs" / "x")).code == 130
     assert tiny.tree(tmp_path) == before

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from instil.data.formats import parse_rows, recognise
+from instil.data.formats import recognise
 from instil.data.ledger import LedgerEntry
+from instil.data.rows import parse_rows
 from instil.data.sources import Row, Source
 from instil.types import Conversation, Message
 
@@ -14,9 +15,9 @@ HELLO = (Message("user", "Hi"), Message("assistant", "Hello"))
 CALL = {"type": "function", "id": "c1", "function": {"name": "add", "arguments": {"a": 1}}}
 
 
-def parsed(*values: dict):
+def parsed(*values: dict, **options):
     rows = tuple(Row(value, f"f:{i}") for i, value in enumerate(values, start=1))
-    return parse_rows(Source("f", "JSONL", rows, 0, ()), "train")
+    return parse_rows(Source("f", "JSONL", rows, 0, ()), "train", **options)
 
 
 def one(value: dict) -> Conversation:
@@ -159,7 +160,20 @@ def test_answers_in_a_prompt_are_context_only():
 )
 def test_an_unknown_role_names_the_nearest(role, hint):
     """A role is never mapped in silence: the error offers the role that was probably meant."""
-    assert problems({"messages": [USER, {"role": role, "content": "x"}]}) == [f"f:1: messages[1].role: {hint}"]
+    (line,) = problems({"messages": [USER, {"role": role, "content": "x"}]})
+    assert line.partition(" or, for the whole file, ")[0] == f"f:1: messages[1].role: {hint}"
+
+
+def test_an_unknown_role_of_a_whole_file_is_offered_a_mapping():
+    """Where every row says `bot`, one line says how to read them all; the mapping then reads them."""
+    row = {"messages": [USER, {"role": "bot", "content": "Hello"}]}
+    first, second = problems(row, row)
+    mapping = "{messages: messages, role: role, content: content, roles: {user: user, bot: assistant}}"
+    assert first.endswith(f"did you mean 'assistant'? or, for the whole file, 'data.mapping={mapping}'")
+    assert second.endswith("did you mean 'assistant'?")
+    assert (
+        parsed(row, mapping={"messages": "messages", "roles": {"bot": "assistant"}}).conversations[0].messages == HELLO
+    )
 
 
 def test_a_sharegpt_role_names_the_nearest():
@@ -221,8 +235,6 @@ def test_a_bad_message_is_named_with_its_field(message, expected):
     ("value", "expected"),
     [
         ({"messages": "x"}, "f:1: messages: is text, not a list of messages; write it as a list"),
-        ({"messages": []}, "f:1: the row has no answer (no assistant message); add the answer, or remove the row"),
-        ({"messages": [USER]}, "f:1: the row has no answer (no assistant message); add the answer, or remove the row"),
         (
             {"messages": [USER, {"role": "tool", "content": "1"}, ANSWER]},
             "f:1: message 2 is a tool result, but no assistant message comes before it; put the call before its result",
@@ -259,8 +271,8 @@ def test_a_bad_message_is_named_with_its_field(message, expected):
         ({"instruction": "x", "input": 4, "output": "y"}, "f:1: input: is a number, not text; write it as text"),
         ({"instruction": "x", "output": 4}, "f:1: output: is a number, not text; write it as text"),
         (
-            {"instruction": "x", "output": "y", "history": [["a", "b"]]},
-            "f:1: history: earlier turns in `history` would be lost; write the row as messages",
+            {"instruction": "x", "output": "y", "history": [["a"]]},
+            "f:1: history[0]: is not a question and an answer; write it as [question, answer], two texts",
         ),
         (
             {"conversations": [{"from": "function_call", "value": "add(1)"}, {"from": "gpt", "value": "x"}]},
@@ -294,17 +306,18 @@ def test_all_problems_of_a_file_are_collected():
 
 
 def test_an_unknown_format_shows_the_keys_and_the_four_shapes():
-    """The user sees what the file has and what it could have."""
-    (line,) = problems({"question": "x", "answer": "y"})
+    """Where nothing can be guessed, the user sees what the file has and what it could have."""
+    (line,) = problems({"number": [1]})
     assert line == (
-        "f:1: no known format has the keys question, answer; write the rows as "
+        "f:1: no known format has the keys number; say what they are: "
+        "'data.mapping={prompt: COLUMN, completion: COLUMN}'; or write the rows as "
         '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]} or '
         '{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]} or '
         '{"prompt": "...", "completion": "..."} or '
         '{"instruction": "...", "input": "...", "output": "..."}'
     )
     assert recognise({"text": "x"}) is None
-    assert problems({}) == [line.replace("question, answer", "(none)")]
+    assert problems({}) == [line.replace("keys number", "keys (none)")]
 
 
 @pytest.mark.parametrize("nothing", ["", " \n\t", [], [{"type": "text", "text": " "}]])
@@ -343,3 +356,203 @@ def test_a_weight_is_a_number_from_zero(weight):
     assert line.startswith("f:1: messages[1].weight: is ")
     assert one({"messages": [USER, {**ANSWER, "weight": 0.5}]}).messages[1].weight == 0.5
     assert one({"messages": [USER, {**ANSWER, "weight": None}]}).messages[1].weight == 1.0
+
+
+@pytest.mark.parametrize("value", [{"messages": []}, {"messages": [USER]}, {"prompt_tokens": [1], "answer_tokens": []}])
+def test_a_row_without_an_answer_is_dropped_and_under_strict_a_problem(value):
+    """Nothing to learn is a ledger line and a note, or exit 3 where the user asked for strictness."""
+    good = {"prompt_tokens": [1], "answer_tokens": [2]} if "answer_tokens" in value else {"messages": [USER, ANSWER]}
+    result = parsed(good, value)
+    assert [entry.origin for entry in result.dropped] == ["f:2"]
+    assert result.notes == (f"f: 1 rows dropped ({result.dropped[0].rule}) (f:2)",)
+    (problem,) = parsed(good, value, strict=True).problems
+    assert problem.place == "f:2"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "Hi", "answer": "Hello"}, "question = prompt, answer = answer"),
+        ({"query": "Hi", "response": "Hello", "id": 3}, "query = prompt, response = answer (not read: id)"),
+        ({"input": "Hi", "output": "Hello"}, "input = prompt, output = answer"),
+        ({"instruction": "Hi", "response": "Hello"}, "instruction = prompt, response = answer"),
+        ({"prompt": "Hi", "response": "Hello", "task": "t"}, "prompt = prompt, response = answer"),
+    ],
+)
+def test_two_columns_that_can_only_be_prompt_and_answer_are_read(row, said):
+    """Evident pairs load without configuration, and what was read as what is said."""
+    result = parsed(row)
+    assert result.conversations[0].messages == HELLO
+    assert result.format_name == said
+
+
+@pytest.mark.parametrize(
+    ("row", "mapping"),
+    [
+        ({"question": "q", "context": "c", "answer": "a"}, "{prompt: [question, context], completion: answer}"),
+        (
+            {"instruction": "i", "context": "c", "response": "r"},
+            "{prompt: [instruction, context], completion: response}",
+        ),
+        ({"question": "q", "answer": "a", "response": "r"}, "{prompt: question, completion: response}"),
+        ({"input": "i", "output": ["a", "b"]}, "{prompt: input, completion: output.0}"),
+    ],
+)
+def test_what_can_be_read_in_two_ways_is_refused_with_a_mapping(row, mapping):
+    """A column is never left out of the prompt by guessing."""
+    (line,) = problems(row)
+    assert f"'data.mapping={mapping}'" in line
+
+
+def test_alpaca_history_is_earlier_turns():
+    """Each pair of `history` is a question and an answer before the row's own."""
+    value = {"instruction": "c", "output": "d", "history": [["a", "b"]]}
+    assert [(m.role, m.content) for m in one(value).messages] == [
+        ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")
+    ]  # fmt: skip
+
+
+def test_each_instance_of_an_instruction_is_a_conversation():
+    """Self-instruct rows: the answers of a row are numbered on."""
+    value = {"instruction": "Add", "instances": [{"input": "1 1", "output": "2"}, {"input": "", "output": "none"}]}
+    first, second = parsed(value).conversations
+    assert (first.messages[0].content, first.first_turn, second.messages[0].content, second.first_turn) == (
+        "Add\n\n1 1", 0, "Add", 1
+    )  # fmt: skip
+
+
+def test_an_instance_without_an_answer_leaves_the_others():
+    """The row is used, and the note says what is missing from it."""
+    result = parsed({"instruction": "Add", "instances": [{"input": "1", "output": " "}, {"output": "none"}]})
+    assert [each.messages[1].content for each in result.conversations] == ["none"]
+    assert result.notes == ("f: 1 conversations without an answer left out of rows that have others (f:1)",)
+
+
+BLOCKS = [
+    {"type": "reasoning", "value": "I add."},
+    {"type": "text", "value": "Wait."},
+    {"type": "tool_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+]
+
+
+def test_typed_blocks_become_text_reasoning_and_calls():
+    """Each block goes where the template looks for it."""
+    said = one({"messages": [USER, {"role": "assistant", "content": BLOCKS, "loss_weight": 0.5}]}).messages[1]
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    assert said == Message("assistant", "Wait.", {"reasoning_content": "I add.", "tool_calls": [call], "weight": 0.5})
+
+
+def test_a_block_of_an_assistant_elsewhere_is_refused():
+    """A user neither reasons nor calls."""
+    for block in (BLOCKS[0], BLOCKS[2]):
+        (line,) = problems({"messages": [{"role": "user", "content": [block]}, ANSWER]})
+        assert line.startswith(f"f:1: messages[0].content[0]: is a part of type {block['type']!r}")
+
+
+@pytest.mark.parametrize(
+    ("said", "weight"),
+    [
+        ({"train": False}, 0.0), ({"train": True}, 1.0), ({"train": True, "weight": 0.5}, 0.5), ({"loss_weight": 2}, 2.0),
+        ({"train": False, "weight": 0}, 0.0), ({"train": None}, 1.0), ({"weight": 1, "loss_weight": 1}, 1.0),
+    ],
+)  # fmt: skip
+def test_how_much_a_message_counts(said, weight):
+    """train, weight and loss_weight say one thing, and reach no template."""
+    message = one({"messages": [USER, {**ANSWER, **said}]}).messages[1]
+    assert message.weight == weight
+    assert message.as_dict() == ANSWER
+    if "train" not in said:
+        talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello", **said}]
+        assert one({"conversations": talk}).messages[1].weight == weight
+
+
+@pytest.mark.parametrize(
+    ("said", "field"),
+    [
+        ({"train": False, "weight": 1}, "train: is false beside a weight of 1"),
+        ({"train": True, "weight": 0}, "train: is true beside a weight of 0"),
+        ({"weight": 1, "loss_weight": 0}, "loss_weight: is 0 beside a weight of 1"),
+        ({"train": "no"}, "train: is text, not true or false"),
+        ({"loss_weight": -1}, "loss_weight: is -1, not a number from 0"),
+    ],
+)
+def test_contradictory_weights_are_refused(said, field):
+    """Nobody can know which of the two was meant."""
+    (line,) = problems({"messages": [USER, {**ANSWER, **said}]})
+    assert line.startswith(f"f:1: messages[1].{field}; ")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, ANSWER]}, {"prompt": "Hi", "completion": "Hello"}, {"question": "Hi", "answer": "Hello"},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        {"instruction": "Hi", "output": "Hello"}, {"instruction": "Hi", "instances": [{"output": "Hello"}]},
+        {"prompt": {"role": "prompter", "text": "Hi", "replies": [{"role": "assistant", "text": "Hello"}]}},
+        {"prompt_tokens": [1], "answer_tokens": [2]},
+    ],
+)  # fmt: skip
+def test_the_fields_of_a_row_are_read_in_every_format(row):
+    """weight, task, tools and the template's variables mean the same everywhere."""
+    more = {"weight": 0.25, "task": "greet", "tools": '[{"function": {"name": "f"}}]'}
+    for name in ("template_args", "chat_template_kwargs"):
+        conversation = one({**row, **more, name: {"enable_thinking": False}})
+        assert (conversation.weight, conversation.task) == (0.25, "greet")
+        assert conversation.template_args == {"enable_thinking": False}
+        assert conversation.tools == ({"function": {"name": "f"}},)
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        ({"weight": -1}, "weight: is -1, not a number from 0"),
+        ({"weight": "much"}, "weight: is 'much', not a number from 0"),
+        ({"weight": True}, "weight: is True, not a number from 0"),
+        ({"weight": 10**400}, "weight: is 1000"),
+        ({"template_args": [1]}, "template_args: is a list, not an object"),
+        ({"template_args": "{"}, "template_args: the JSON stops in the middle"),
+        ({"template_args": {"a": 1}, "chat_template_kwargs": {"a": 2}}, "chat_template_kwargs: differs from"),
+    ],
+)
+def test_a_bad_field_of_a_row_is_named(field, expected):
+    """Wrong weights and variables stand in one line."""
+    (line,) = problems({"messages": [USER, ANSWER], **field})
+    assert line.startswith(f"f:1: {expected}")
+
+
+def test_a_weight_as_text_is_a_number():
+    """A CSV file has no other way to write one."""
+    assert one({"prompt": "p", "completion": "c", "weight": "0.5"}).weight == 0.5
+    assert one({"prompt": "p", "completion": "c", "weight": ""}).weight == 1.0
+
+
+def test_developer_messages_stay():
+    """OpenAI's newer name of the system role reaches the template."""
+    talk = [{"role": "developer", "content": "Be brief."}, USER, ANSWER]
+    assert one({"messages": talk}).messages[0] == Message("developer", "Be brief.")
+
+
+def test_messages_after_the_last_answer_stay_and_are_told():
+    """A conversation that ends on the user is used as far as it goes."""
+    result = parsed({"messages": [USER, ANSWER, USER]})
+    assert len(result.conversations[0].messages) == 3
+    assert result.notes == ("f: 1 rows end with messages after the last answer, from which nothing is learnt (f:1)",)
+
+
+def test_a_weight_on_a_question_is_told():
+    """Only answers are learnt, so a weight elsewhere cannot be obeyed."""
+    result = parsed({"messages": [{**USER, "weight": 1}, ANSWER]})
+    assert result.notes == ("f: 1 rows give a weight to messages that are no answers; only answers are learnt (f:1)",)
+    assert parsed({"messages": [{**USER, "weight": 0}, ANSWER]}).notes == ()
+
+
+def test_a_column_that_a_known_format_does_not_read_is_told():
+    """A context beside alpaca's columns would be missed by the prompt."""
+    assert parsed({"instruction": "i", "context": "c", "output": "o"}).notes == (
+        "f: alpaca does not read the columns context",
+    )
+
+
+def test_conversations_know_their_source():
+    """The number of the source goes with each conversation."""
+    assert parsed({"messages": [USER, ANSWER]}, number=3).conversations[0].source == 3

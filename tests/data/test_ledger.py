@@ -26,7 +26,7 @@ def test_entries_stand_in_source_order(tmp_path):
     assert [entry.origin for entry in read_ledger(path)] == ["b.jsonl:2", "b.jsonl:9", "b.jsonl:10", "a.jsonl:1"]
     assert path.read_text().splitlines()[3] == (
         '{"origin":"a.jsonl:1","fate":"used","side":"heldout","examples":1,'
-        '"prompt_tokens":5,"answer_tokens":7,"rule":"","reason":""}'
+        '"prompt_tokens":5,"answer_tokens":7,"cut_tokens":0,"dropped_tokens":0,"rule":"","reason":""}'
     )
     assert os.listdir(tmp_path) == ["ledger.jsonl"]
 

@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -118,6 +119,20 @@ def test_the_origin_is_the_path_as_given(here):
     written("rows.jsonl", '{"a": 1}\n')
     assert read_rows("./rows.jsonl").rows[0].origin == "./rows.jsonl:1"
     assert read_rows(here / "rows.jsonl").rows[0].origin == f"{here}/rows.jsonl:1"
+
+
+def test_zstd_is_unpacked(here):
+    """JSONL, arrays and tables inside zstd; the note says so where the name does not."""
+    pack = pa.Codec("zstd").compress
+    for name, raw in [("a", b'{"a": "1"}\n'), ("b", b'[{"a": "1"}]'), ("c.csv.zst", b"a\n1\n")]:
+        source = read_rows(written(name, pack(raw).to_pybytes()))
+        assert [row.value for row in source.rows] == [{"a": "1"}]
+        assert source.container.endswith(" in zstd")
+        assert bool(source.notes()) == (not name.endswith(".zst"))
+    whole = pack(b'{"a": 1}\n' * 900).to_pybytes()
+    assert lines_of(written("f", whole[:-3]))[0].startswith("f: damaged or cut zstd data (")
+    assert lines_of(written("f", whole + b"junk"))[-1].startswith("f: damaged or cut zstd data (")
+    assert lines_of(written("f", pack(whole).to_pybytes()))[0].startswith("f: looks like zstd inside gzip or zstd")
 
 
 def test_every_broken_line_is_reported_at_once(here):

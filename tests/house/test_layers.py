@@ -14,7 +14,8 @@ SOURCE = ROOT / "src" / "instil"
 
 LAYERS = {
     "errors": 0, "types": 0, "data": 1, "chat": 1, "curate": 2, "pack": 2, "model": 3, "train": 4, "evaluate": 5,
-    "report": 6, "config": 7, "folder": 7, "prepare": 7, "resolve": 7, "record": 7, "measure": 7, "run": 7,
+    "report": 6, "config": 7, "folder": 7, "prepare": 7, "account": 7, "audit": 7, "workers": 7, "resolve": 7,
+    "plan": 7, "forecast": 7, "explain": 7, "record": 7, "measure": 7, "run": 7,
     "cli": 8, "studio": 8,
 }  # fmt: skip
 ONLY_ZERO = {"data", "chat", "model", "report"}  # these import layer 0 and themselves

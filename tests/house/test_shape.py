@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shlex
 import subprocess
 import sys
 import time
@@ -11,10 +12,14 @@ from pathlib import Path
 import pytest
 
 import instil
-from instil.config import Config, keys
+from instil.cli.console import is_setting
+from instil.config import Config, flat, keys, load_config
+from instil.data.spec import spec_problems
+from instil.prepare import sources
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "instil"
+CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 VAGUE = {"utils", "common", "helpers", "base", "misc"}
 
@@ -79,9 +84,48 @@ def test_at_most_sixty_keys_each_with_a_description() -> None:
 
 def test_the_configuration_page_lists_every_key() -> None:
     """docs/configuration.md has a row for each key and for nothing else."""
-    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    rows = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    rows = [line.split("`")[1] for line in CONFIGURATION.splitlines() if line.startswith("| `")]
     assert rows == list(keys())
+
+
+def test_the_configuration_page_has_the_defaults() -> None:
+    """The default in each row is the one that the code has."""
+    from ruamel.yaml import YAML
+
+    defaults = flat(load_config(None, given={"model": "m", "data.train": ["a"]}).model_dump())
+    for line in CONFIGURATION.splitlines():
+        if line.startswith("| `"):
+            key, default = (cell.strip() for cell in line.split("|")[1:3])
+            if default == "(needed)":
+                continue
+            said = YAML(typ="safe", pure=True).load(default.strip("`"))
+            assert said == defaults[key.strip("`")], key
+
+
+def test_the_examples_of_the_configuration_page_work() -> None:
+    """Every YAML block is a configuration, its mappings are ones, and every command line's settings are settings."""
+    blocks = CONFIGURATION.split("```")[1::2]
+    settings, mappings = [], 0
+    for block in blocks:
+        kind, _, text = block.partition("\n")
+        if kind == "yaml":
+            config = load_config(None, given=_tree(text))
+            problems = [problem for spec in sources(config) for problem in spec_problems(spec)]
+            mappings += any(spec.mapping for spec in sources(config))
+            assert problems == []
+        else:
+            words = [word for line in text.splitlines() for word in shlex.split(line, comments=True)]
+            settings += [word for word in words if is_setting(word)]
+    for word in settings:
+        load_config(None, [word], {"model": "m", "data.train": ["a"]})
+    assert (mappings, len(settings)) == (4, 4)
+
+
+def _tree(text: str) -> dict[str, object]:
+    """A block's sections as given keys, with what every configuration needs."""
+    from ruamel.yaml import YAML
+
+    return {"model": "m", "data": {"train": ["a"]}} | YAML(typ="safe", pure=True).load(text)
 
 
 def test_the_public_names_exist_and_are_few() -> None:

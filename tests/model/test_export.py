@@ -28,7 +28,8 @@ def source(saved: Any) -> Path:
 
 
 def export(net: Any, out: Path, source: Path, ids: list[int]) -> None:
-    export_model(net, out, source=source, template=TEMPLATE, terminator_ids=ids)
+    endings = [{"text": f"<{i}>", "id": i} for i in ids]
+    export_model(net, out, source=source, template=TEMPLATE, terminators=endings)
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen3", "gpt2"])
@@ -61,6 +62,16 @@ def test_a_terminator_the_model_had_is_not_doubled(tiny: Any, source: Path, tmp_
     """Its end-of-text is often the terminator."""
     export(tiny(), tmp_path / "model", source, [2])
     assert GenerationConfig.from_pretrained(tmp_path / "model").eos_token_id == [2]
+
+
+def test_an_end_that_is_no_single_token_is_a_stop_string(tiny: Any, source: Path, tmp_path: Path) -> None:
+    """It cannot be an eos id; the tokens that are ids stay, and a model without such an end has no stop strings."""
+    endings = [{"text": "\n###", "id": None}, {"text": "<7>", "id": 7}]
+    export_model(tiny(), tmp_path / "model", source=source, template=TEMPLATE, terminators=endings)
+    config = GenerationConfig.from_pretrained(tmp_path / "model")
+    assert (config.stop_strings, config.eos_token_id) == (["\n###"], [7, 2])
+    export(tiny(), tmp_path / "plain", source, [7])
+    assert GenerationConfig.from_pretrained(tmp_path / "plain").stop_strings is None
 
 
 def test_generation_in_plain_transformers_ends_at_the_terminator(tiny: Any, source: Path, tmp_path: Path) -> None:

@@ -189,9 +189,10 @@ def test_a_token_that_ends_a_turn_ends_generation(tmp_path: Path) -> None:
 # ── tokenizer ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_gpt2_vocabulary_gives_llama_cpp_ids() -> None:
-    "The GPT-2 vocabulary, through our converter, gives the ids that llama.cpp publishes for its test strings."
-    file = TOKENIZERS / "gpt-2.vocab.gguf"
+@pytest.mark.parametrize("name", ["gpt-2", "phi-3"])
+def test_vocabularies_give_llama_cpp_ids(name: str) -> None:
+    "Byte-level (GPT-2) and sentencepiece (Phi-3) vocabularies give the ids that llama.cpp publishes for its test strings."
+    file = TOKENIZERS / f"{name}.vocab.gguf"
     if not file.exists():
         pytest.skip(f"no {file}")
     texts = file.with_name(file.name + ".inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
@@ -199,7 +200,65 @@ def test_gpt2_vocabulary_gives_llama_cpp_ids() -> None:
     expected = [[int(token) for token in line.split()] for line in lines]
     tokenizer = converter.build_tokenizer(converter.read(file))
     assert len(texts) == len(expected) == 47
-    assert [tokenizer.encode(text).ids for text in texts] == expected
+    assert [tokenizer.encode(text, add_special_tokens=False).ids for text in texts] == expected
+
+
+def test_phi3_control_tokens_take_the_spaces_after_them() -> None:
+    "As in the model's own tokenizer, the newline after <|user|> belongs to the token, and each stretch gets its space."
+    file = TOKENIZERS / "phi-3.vocab.gguf"
+    if not file.exists():
+        pytest.skip(f"no {file}")
+    tokenizer = converter.build_tokenizer(converter.read(file))
+    hello = tokenizer.encode("Hello", add_special_tokens=False).ids
+    assert hello == [15043]  # Phi-3's published example: Hello with its space
+    ids = tokenizer.encode("<|user|>\nHello<|end|>\n<|assistant|>\n", add_special_tokens=False).ids
+    assert ids == [32010, 15043, 32007, 32001]
+    assert tokenizer.encode("Hello").ids == [1, 15043]  # and the bos token first, as its metadata say
+
+
+def test_pieces_are_joined_by_score_and_bytes_fill_in(tmp_path: Path) -> None:
+    "The best score is joined first, control tokens are never spelt by text, and an unknown character is its bytes."
+    pieces = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)]]
+    types = [2, 3, 3, *[6] * 256]
+    scored = {
+        "▁": -9.0,
+        "a": -9.0,
+        "b": -9.0,
+        "c": -9.0,
+        "ab": -2.0,
+        "bc": -1.0,
+        "▁a": -3.0,
+        "<": -9.0,
+        "s": -9.0,
+        ">": -9.0,
+    }
+    scored |= {"<s": -1.0}
+    file = write_gguf(tmp_path / "p.gguf", **{
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.tokens": [*pieces, *scored], "tokenizer.ggml.token_type": [*types, *[1] * len(scored)],
+        "tokenizer.ggml.scores": [0.0] * 259 + list(scored.values()), "tokenizer.ggml.unknown_token_id": 0,
+        "llama.vocab_size": 1,
+    })  # fmt: skip
+    tokenizer = converter.build_tokenizer(converter.read(file))
+    tokens = lambda text: tokenizer.encode(text, add_special_tokens=False).tokens  # noqa: E731
+    assert tokens("abc") == ["▁a", "bc"]
+    assert tokens("ab a") == ["▁", "ab", "▁a"]
+    assert tokens("é") == ["▁", "<0xC3>", "<0xA9>"]
+    assert tokens("<s>a") == ["<s>", "▁a"]
+    assert tokenizer.decode(tokenizer.encode("ab é  c", add_special_tokens=False).ids) == "ab é  c"
+
+
+def test_a_file_with_a_vocabulary_only_gives_a_tokenizer(tmp_path: Path) -> None:
+    "Without weights, or for an architecture that is not converted, the tokenizer and its template can be had."
+    for arch in ("llama", "mamba"):
+        file = write_gguf(tmp_path / f"{arch}.gguf", arch=arch)
+        converter.convert_vocabulary(file, tmp_path / arch)
+        found = {entry.name for entry in (tmp_path / arch).iterdir()}
+        expected = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
+        assert found == expected | ({"config.json"} if arch == "llama" else set())
+    converter.convert(tmp_path / "llama.gguf", tmp_path / "whole")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"):
+        assert (tmp_path / "llama" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_smollm_splits_digits_one_by_one(small: tuple[Path, Path]) -> None:
@@ -273,7 +332,18 @@ def test_template_is_written_to_the_byte(small: tuple[Path, Path]) -> None:
 
 REFUSED = {
     "architecture mamba": {"arch": "mamba"},
-    "tokenizer.ggml.model llama (SentencePiece": {"tokenizer.ggml.model": "llama"},
+    "tokenizer.ggml.model t5 is not": {"tokenizer.ggml.model": "t5"},
+    "tokenizer.ggml.scores is None": {"tokenizer.ggml.model": "llama"},
+    "scores are not one finite number": {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [1.0]},
+    "remove_extra_whitespaces: this normaliser": {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.remove_extra_whitespaces": True,
+    },
+    "byte tokens are not the 256": {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.scores": [0.0] * len(TOKENS),
+        "tokenizer.ggml.token_type": [6, *[1] * (len(TOKENS) - 1)],
+    },
     "tokenizer.ggml.pre tekken is not": {"tokenizer.ggml.pre": "tekken"},
     "rope scaling yarn": {"llama.rope.scaling.type": "yarn"},
     "llama.block_count is 9999999": {"llama.block_count": 9999999},

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from instil.errors import InstilError, MachineError, ModelError
 from instil.model import gguf as converter
+from instil.model import vocabulary
 from instil.model.locate import _hold, cache_folder, locate
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -458,3 +459,79 @@ def test_a_full_disk_while_fetching_is_the_machines_error(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert "No space left on device" in refusal("org/name-none-such", kind=MachineError)
+
+
+def test_without_weights_only_the_vocabulary_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    "To check or inspect, no weight is dequantised; once there is a whole folder, that is used."
+    calls = stub_conversion(monkeypatch)
+
+    def vocabulary(gguf_file: Path, out: Path) -> None:
+        (out / "tokenizer.json").write_text("{}")
+
+    monkeypatch.setattr(converter, "convert_vocabulary", vocabulary)
+    file = gguf_file(tmp_path)
+    small = locate(str(file), need_weights=False)
+    assert [entry.name for entry in small.path.iterdir()] == ["tokenizer.json"]
+    assert calls == []
+    whole = locate(str(file), need_weights=True)
+    assert locate(str(file), need_weights=False).path == whole.path != small.path
+    assert whole.revision == small.revision
+
+
+# ── other tokenizer files ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def other_tokenizer(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The conversion by transformers replaced by one that writes the least; the list grows by each folder."""
+    calls: list[Path] = []
+
+    def convert(folder: Path, out: Path) -> None:
+        calls.append(folder)
+        for entry in folder.iterdir():
+            (out / entry.name).symlink_to(entry.absolute())
+        (out / "tokenizer.json").write_text("{}")
+
+    monkeypatch.setattr(vocabulary, "convert", convert)
+    return calls
+
+
+def without_tokenizer_json(folder: Path, name: str = "tokenizer.model") -> Path:
+    make_folder(folder)
+    (folder / "tokenizer.json").rename(folder / name)
+    return folder
+
+
+def test_another_tokenizer_file_is_converted_once_beside_links(tmp_path: Path, other_tokenizer: list[Path]) -> None:
+    "The folder in the cache has tokenizer.json and, through links, the weights; its source stays as it was."
+    folder = without_tokenizer_json(tmp_path / "My model")
+    before = sorted(entry.name for entry in folder.iterdir())
+    found = locate(str(folder), need_weights=True)
+    assert found.path.parent == tmp_path / "cache" / "instil" / "models"
+    assert (found.name, found.source, found.revision) == (str(folder), "folder", None)
+    assert (found.path / "model.safetensors").samefile(folder / "model.safetensors")
+    assert locate(str(folder), need_weights=False) == found
+    assert len(other_tokenizer) == 1
+    assert sorted(entry.name for entry in folder.iterdir()) == before
+
+
+def test_what_changes_the_tokenizer_changes_its_folder(tmp_path: Path, other_tokenizer: list[Path]) -> None:
+    "Other bytes, a new file or another place give another conversion; touching a file does not."
+    folder = without_tokenizer_json(tmp_path / "m")
+    paths = [locate(str(folder), need_weights=False).path]
+    (folder / "tokenizer.model").touch()
+    assert locate(str(folder), need_weights=False).path == paths[0]
+    (folder / "tokenizer.model").write_bytes(b"other")
+    paths.append(locate(str(folder), need_weights=False).path)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    paths.append(locate(str(folder), need_weights=False).path)
+    paths.append(locate(str(folder.rename(tmp_path / "n")), need_weights=False).path)
+    assert len(set(paths)) == len(other_tokenizer) == 4
+
+
+def test_a_folder_with_remote_code_is_not_converted(tmp_path: Path, other_tokenizer: list[Path]) -> None:
+    "auto_map is refused before transformers sees the folder."
+    folder = without_tokenizer_json(tmp_path / "m")
+    _remote_code(folder)
+    assert "auto_map" in refusal(folder)
+    assert other_tokenizer == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from typing import Any
 
@@ -203,3 +204,17 @@ def test_neighbouring_keys_give_unrelated_permutations() -> None:
     """Also above 2^53, where numbers taken for floating point would coincide."""
     keys = [(s, e) for s in (0, 1, 2**53, 2**53 + 1) for e in (0, 1, 2**64 - 2, 2**64 - 1)]
     assert len({tuple(shuffled(30, key).tolist()) for key in keys}) == len(keys)
+
+
+def test_the_order_of_a_run_is_that_of_the_first_release() -> None:
+    """A digest of three epochs, taken from version 0.1.0 before sources could be mixed: old runs resume on their packs."""
+    lengths = np.arange(200) * 37 % 91 + 5
+    plan = plan_steps(lengths, 8, 300)
+    digest = hashlib.sha256()
+    for epoch in range(3):
+        for step in epoch_packs(lengths, plan, 11, epoch):
+            for pack in step:
+                digest.update(repr(pack.tolist()).encode())
+            digest.update(b";")
+    assert plan == StepPlan(199, 50, 25)
+    assert digest.hexdigest() == "e3cf2b21653f204cc61ec10957d179820d6ef59a0fddd4b18e86bb2484d141b8"

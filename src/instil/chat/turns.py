@@ -1,171 +1,322 @@
-"""Conversations to examples: per assistant turn, what the server sends and what the model must then emit."""
+"""A conversation to the texts of its turns: what the server sends, and what the model must then emit."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-import numpy as np
-
+from instil.chat.channel import Channel, find_channel
+from instil.chat.control import ControlText
+from instil.chat.endings import Endings, Terminator, call_id
+from instil.chat.targets import THOUGHT_BEGINS, Span, Targets, spans
 from instil.chat.template import Template
 from instil.chat.tokenizer import Tokenizer
+from instil.chat.tracking import TrackedTemplate
 from instil.errors import InstilError, Problem, TemplateError
-from instil.types import Conversation, Example, Int32, Message
+from instil.types import Conversation, Message
 
-ROWS_AT_ONCE = 512  # rows rendered before their texts are tokenised together: a few MB of text
-PROBE_QUESTION = "instil asks what comes next"
-PROBE_ANSWER = "instil looks for this answer"
-OTHER_TEMPLATE = (
-    "use --template FILE with one that appends each answer to the prompt and closes it with a control token"
-)
-
-# Refusals that say something about the template. Where they hit every row, the template is refused, not the rows.
-TEMPLATE_RULES = (
-    "rewrites-prompt",
-    "content-lost",
-    "no-terminator",
-    "ambiguous-terminator",
-    "double-bos",
-    "template-fails",
-)
+OTHER_TEMPLATE = "use --template FILE with one that writes it, or remove the row"
+SYSTEM_REFUSED = "system-refused"
+MARKUP = re.compile(r"<[^<>]*>|\[/?THINK\]")
+READS_ID = re.compile(r"\bid\b|tool_call_id")
 
 
 @dataclass(frozen=True, slots=True)
-class Terminator:
-    """The control token that ends an answer; lead = what the template itself writes between the content and it."""
+class ChatOptions:
+    """How pairs are made. terminator: what the user says the server stops at; stops: generation_config's eos texts.
 
-    text: str
-    token_id: int
-    lead: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Pairs:
-    """The examples, the rows that gave none (with the reason), and how many answers begin inside a token of the text.
-
-    merged_boundaries: the tokenizer would join the end of the prompt and the start of the answer into one token.
-    The server cannot, as it sees the prompt alone: there the answer is tokenised on its own.
+    limit_tokens: the longest example, None = any; too_long: what happens to a longer one.
     """
 
-    examples: list[Example]
-    problems: list[Problem]
-    merged_boundaries: int
+    control_text: ControlText = "plain"
+    terminator: str | None = None
+    stops: tuple[str, ...] = ()
+    targets: Targets = field(default_factory=Targets)
+    limit_tokens: int | None = None
+    too_long: Literal["drop", "error", "trim-context"] = "drop"
 
 
 @dataclass(frozen=True, slots=True)
-class _Turn:
-    """One assistant turn as text."""
+class Turn:
+    """One assistant turn as text. index: of its message; turn: its number among the answers of the row.
 
-    prompt_text: str
-    answer_text: str
-    place: str  # origin and message
+    answer = body + terminator.text. spans: what of the body is not plain answer. channel: how a channel that the prompt
+    opens was closed, None where there was none. rendered: the text of the whole row where prompt and answer are its
+    beginning, "" where they were rendered by themselves.
+    """
+
+    prompt: str
+    body: str
+    terminator: Terminator
+    index: int
     turn: int
-    weight: float  # of every token of the answer
+    weight: float
+    spans: tuple[Span, ...] = ()
+    channel: Channel | None = None
+    rendered: str = ""
+
+    @property
+    def answer(self) -> str:
+        """What the model must emit."""
+        return self.body + self.terminator.text
 
 
-def served_prompt(
-    messages: Sequence[Message], tokenizer: Tokenizer, template: Template, tools: Sequence[Mapping[str, Any]] = ()
-) -> Int32:
-    """The tokens that a server puts in front of the model to have it answer `messages`."""
-    return _tokens(tokenizer.encode(prompt_text(messages, template, tools)))
+def prompt_text(
+    messages: Sequence[Message],
+    template: Template,
+    tools: Sequence[Mapping[str, Any]] = (),
+    args: Mapping[str, Any] | None = None,
+) -> str:
+    """What a server makes of `messages` to have them answered; the only place where the text of a prompt is made."""
+    return template.render(messages, tools=tools, args=args, generation_prompt=True)
 
 
-def prompt_text(messages: Sequence[Message], template: Template, tools: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The text behind `served_prompt`, the only place where the text of a prompt is made."""
-    return template.render(messages, tools=tools, generation_prompt=True)
+class TurnMaker:
+    """Texts of turns for one template and tokenizer. notes: how often something was done that a user should know.
 
-
-def make_examples(conversations: Sequence[Conversation], tokenizer: Tokenizer, template: Template) -> Pairs:
-    """One example per assistant turn of each conversation, in order; every token has the weight of its message.
-
-    A row with a problem gives no example at all. Raises TemplateError as soon as the template is what is wrong:
-    it is refused on a fixed conversation, or no row so far could be used, all for one reason that lies in the template.
+    Raises TemplateError when the template itself cannot be used.
     """
-    examples: list[Example] = []
-    problems: list[Problem] = []
-    merged_boundaries = 0
-    if not conversations:
-        return Pairs(examples, problems, merged_boundaries)
-    terminator = _terminator_for(conversations[0].origin, template, tokenizer)
-    for start in range(0, len(conversations), ROWS_AT_ONCE):
-        rows = conversations[start : start + ROWS_AT_ONCE]
-        texts = [_row_texts(row, tokenizer, template, terminator) for row in rows]
-        pieces = _encode_turns([turn for turns, _ in texts for turn in turns], tokenizer)
-        for row, (turns, wrong) in zip(rows, texts, strict=True):
-            made, merged, unfit = _row_examples(row, turns, pieces, tokenizer, terminator)
-            problems += wrong + unfit
-            if not wrong and not unfit:
-                examples += made
-                merged_boundaries += merged
-        rules = {problem.rule for problem in problems}
-        if not examples and len(rules) == 1 and rules.issubset(TEMPLATE_RULES):
-            raise TemplateError(*problems)
-    return Pairs(examples, problems, merged_boundaries)
 
+    def __init__(self, tokenizer: Tokenizer, template: Template, options: ChatOptions):
+        self.template = template
+        self.options = options
+        self.endings = Endings(template, tokenizer, options.terminator, options.stops)
+        self.notes: dict[str, int] = {}
+        self._tracked = TrackedTemplate(template)
+        self._channels: dict[tuple[str, str], str | None] = {}
+        self._reads_id = bool(READS_ID.search(template.source))
 
-def find_terminator(template: Template, tokenizer: Tokenizer) -> Terminator:
-    """The control token with which the template ends an answer, found on a fixed conversation.
+    def turns(self, row: Conversation) -> tuple[list[Turn], list[Problem]]:
+        """The learnt turns of a row, and what is wrong with it; a row with a problem is not used at all."""
+        answered = [index for index, message in enumerate(row.messages) if message.role == "assistant"]
+        if not answered:
+            return [], [Problem(row.origin, "no assistant turn", "add one, or remove the row", "no-answer")]
+        learnt = [(turn, index) for turn, index in enumerate(answered) if row.messages[index].weight > 0]
+        if self.options.targets.turns == "last":
+            learnt = learnt[-1:]
+        if not learnt or row.weight == 0:
+            return [], []
+        if any(message.fields.get("tool_calls") for message in row.messages):
+            self.endings.look_at_calls()
+        unnumbered, row = row, self.numbered(row)
+        if row is not unnumbered:
+            self._note("rows_with_numbered_calls")
+        whole = self._tracked.render(row.messages[: learnt[-1][1] + 1], row.tools, row.template_args)
+        made: list[Turn] = []
+        problems: list[Problem] = []
+        for turn, index in learnt:
+            place = f"{row.origin}: messages[{index}]"
+            try:
+                if index == 0:
+                    remedy = "put a system or user message before it, or give it weight 0"
+                    raise TemplateError.at(
+                        place, "an answer to nothing: no message comes before it", remedy, "no-prompt"
+                    )
+                found = None
+                if whole is not None:
+                    start = whole.ends[index - 1]
+                    if whole.text.startswith(whole.header, start):
+                        start += len(whole.header)
+                        prompt, rest = whole.text[:start], whole.text[start : whole.ends[index]]
+                        found = self._cut(row, index, prompt, rest, place, None, turn + row.first_turn, whole.text)
+                made.append(found or replace(self.slow(row, index), turn=turn + row.first_turn))
+            except InstilError as error:
+                problems += [_placed(self._explained(problem, row, index), place) for problem in error.problems]
+        return made, problems
 
-    Raises TemplateError when the template does not append the answer, leaves it out, or ends it without control token.
-    """
-    question, answer = Message("user", PROBE_QUESTION), Message("assistant", PROBE_ANSWER)
-    opening = [question]
-    try:
-        prompt = prompt_text(opening, template)
-    except TemplateError:  # some templates want a system message first
-        opening = [Message("system", PROBE_QUESTION), question]
-        prompt = prompt_text(opening, template)
-    rest = _appended(prompt, template.render([*opening, answer], generation_prompt=False), template.place)
-    head, found, tail = rest.partition(PROBE_ANSWER)
-    if not found or PROBE_ANSWER in tail:
-        what = f"the template writes the assistant's content {rest.count(PROBE_ANSWER)} times into its turn, not once"
-        raise TemplateError.at(template.place, what, OTHER_TEMPLATE, "content-lost")
-    match = tokenizer.control_pattern.search(tail)
-    if match is None:
-        what = f"no control token of the tokenizer ends the assistant's turn: {tail[:40]!r} follows its content"
-        raise TemplateError.at(template.place, what, OTHER_TEMPLATE, "no-terminator")
-    terminator = Terminator(match.group(), tokenizer.control_tokens[match.group()], tail[: match.start()])
-    _check_single_end(head, tail[match.end() :], terminator, template.place)
-    return terminator
-
-
-def _terminator_for(origin: str, template: Template, tokenizer: Tokenizer) -> Terminator:
-    """`find_terminator`, its refusal naming the first row that it hits."""
-    try:
-        return find_terminator(template, tokenizer)
-    except TemplateError as error:
-        problem = error.problems[0]
-        what = f"{problem.what} (in every row, {origin} being the first)"
-        raise TemplateError.at(problem.place, what, problem.remedy, problem.rule) from error
-
-
-def _row_texts(
-    row: Conversation, tokenizer: Tokenizer, template: Template, terminator: Terminator
-) -> tuple[list[_Turn], list[Problem]]:
-    """The assistant turns of a row as text, and what is wrong with the row."""
-    problems = list(_typed_control_tokens(row, tokenizer))
-    turns: list[_Turn] = []
-    answered = [index for index, message in enumerate(row.messages) if message.role == "assistant"]
-    if not answered:
-        problems.append(Problem(row.origin, "no assistant turn", "add one, or remove the row", "no-answer"))
-    if problems:
-        return [], problems
-    for turn, index in enumerate(answered):
-        if row.messages[index].weight == 0:  # context that the row does not want learnt
-            continue
-        place = f"{row.origin}: messages[{index}]"
+    def _explained(self, problem: Problem, row: Conversation, index: int) -> Problem:
+        """A refusal by the template, told apart: is it the system message that it does not take?"""
+        if problem.rule != "template-raises" or row.messages[0].role not in ("system", "developer"):
+            return problem
         try:
-            if index == 0:
-                remedy = "put a system or user message before it"
-                raise TemplateError.at(place, "an answer to nothing: no message comes before it", remedy, "no-prompt")
-            prompt = prompt_text(row.messages[:index], template, row.tools)
-            whole = template.render(row.messages[: index + 1], tools=row.tools, generation_prompt=False)
-            answer = _answer_text(_appended(prompt, whole, place), row.messages[index], terminator, place)
-            turns.append(_Turn(prompt, answer, place, turn, row.messages[index].weight))
-        except InstilError as error:
-            problems += [_placed(problem, place) for problem in error.problems]
-    return turns, problems
+            prompt_text(row.messages[1:index], self.template, row.tools, row.template_args)
+        except InstilError:
+            return problem
+        remedy = "move its text into the first user message, or use --template FILE"
+        return Problem(
+            problem.place, f"{problem.what} (without the system message it would not)", remedy, SYSTEM_REFUSED
+        )
+
+    def appends(self, row: Conversation) -> bool:
+        """Whether the template provably writes each message of this row after those before it, and changes none."""
+        return self._tracked.render(row.messages, row.tools, row.template_args) is not None
+
+    def slow(self, row: Conversation, index: int, before: Sequence[Message] | None = None) -> Turn:
+        """One turn by the definition: the prompt and the conversation through the turn, each rendered by itself.
+
+        before: messages in place of those before the turn.
+        """
+        before = row.messages[:index] if before is None else before
+        message, tools, args = row.messages[index], row.tools, row.template_args
+        place = f"{row.origin}: messages[{index}]"
+        prompt = prompt_text(before, self.template, tools, args)
+        whole = self.template.render([*before, message], tools=tools, args=args, generation_prompt=False)
+        if whole.startswith(prompt):
+            found = self._cut(row, index, prompt, whole[len(prompt) :], place, None)
+            assert found is not None
+            return found
+        return self._through_channel(row, index, before, prompt, whole, place)
+
+    def _through_channel(
+        self, row: Conversation, index: int, before: Sequence[Message], prompt: str, whole: str, place: str
+    ) -> Turn:
+        """The turn where the prompt opens a channel that the finished turn lacks (see channel.py)."""
+        message = row.messages[index]
+        channel = find_channel(self.template, before, row.tools, row.template_args, prompt, self._channels)
+        if channel is None or whole[: channel.shared] != prompt[: channel.shared]:
+            rest = _after_same_message(before[-1], prompt, whole)
+            found = None if rest is None else self._cut(row, index, prompt, rest, place, None, quick=True)
+            if found is None:
+                raise TemplateError.at(place, *_rewritten(prompt, whole), "rewrites-prompt")
+            self._note("history_rewritten")
+            return found
+        rest = whole[channel.shared :]
+        opener = channel.opening.strip()
+        if channel.is_open and message.content.lstrip().startswith(opener):
+            inline = message.content.lstrip()[len(opener) :].removeprefix(channel.opening[len(opener.rstrip()) :])
+            rest = inline + self.endings.of(message).lead + self._tail(rest, message)
+        elif rest.startswith(channel.lead):
+            rest = channel.closing + rest[len(channel.lead) :]
+            if not channel.is_open and _opens(rest, channel.opening):
+                what = f"the prompt closes the reasoning channel ({channel.opening!r}) that this turn fills"
+                remedy = "set chat.template_args={enable_thinking: true}, or remove the reasoning"
+                raise TemplateError.at(place, what, remedy, "channel-closed")
+        else:
+            raise TemplateError.at(place, *_rewritten(prompt, whole), "rewrites-prompt")
+        found = self._cut(row, index, prompt, rest, place, channel)
+        assert found is not None
+        self._note("channels_closed" if channel.is_open else "channels_closed_by_prompt")
+        return found
+
+    def _tail(self, rest: str, message: Message) -> str:
+        """What the rendering holds from the terminator on."""
+        ending = self.endings.of(message)
+        at = rest.rfind(ending.text)
+        return rest[at:] if at >= 0 else ""
+
+    def _cut(
+        self,
+        row: Conversation,
+        index: int,
+        prompt: str,
+        rest: str,
+        place: str,
+        channel: Channel | None,
+        turn: int = 0,
+        rendered: str = "",
+        quick: bool = False,
+    ) -> Turn | None:
+        """The turn whose rendering after the prompt is `rest`: its answer ends with the terminator, its content is in it.
+
+        rendered: the text of the whole row, of which prompt and answer are the beginning. With it, or quick, the result
+        is None instead of an error, so that the slow way says what is wrong.
+        """
+        quick = quick or bool(rendered)
+        message = row.messages[index]
+        ending = self.endings.of(message)
+        body, found, after = rest.partition(ending.text)
+        if not found and not ending.appended:
+            if quick:
+                return None
+            what = f"the turn does not end with {ending.text!r} as other answers do, but with {rest[-24:]!r}"
+            raise TemplateError.at(place, what, OTHER_TEMPLATE, "no-terminator")
+        between, again, _ = after.partition(ending.text)
+        if (again and between.strip()) or (found and not again and ending.token_id is None and after.strip()):
+            what = f"the answer holds {ending.text!r}, which ends it, more than once: the server would stop too early"
+            raise TemplateError.at(place, what, "remove it from the content", "ambiguous-terminator")
+        for problem in self._content_faults(message, body, place):
+            if quick:
+                return None
+            raise TemplateError(problem)
+        simple = not message.fields and not any(tag in body for tag in THOUGHT_BEGINS)
+        return Turn(
+            prompt, body, ending, index, turn, message.weight * row.weight,
+            () if simple else tuple(spans(message, prompt, body)), channel, rendered if found else "",
+        )  # fmt: skip
+
+    def _content_faults(self, message: Message, body: str, place: str) -> Iterator[Problem]:
+        """What of the message the template left out of the answer."""
+        content = message.content.strip()
+        if content not in body:
+            kept = re.split(r"</think>|\[/THINK\]|<channel\|>", content)[-1].strip()
+            if kept == content or kept not in body:
+                what = f"the content cannot be found, whole, in what the template makes of it: {body[:40]!r}"
+                yield Problem(place, what, "change the content, or use --template FILE", "content-lost")
+            elif not all(part.strip() in body for part in MARKUP.split(content.removesuffix(kept))):
+                self._note("reasoning_left_out")
+        if message.reasoning and message.reasoning.strip() not in body:
+            self._note("reasoning_left_out")
+        calls = message.fields.get("tool_calls")
+        if calls:
+            lost = next((text for text in _called(calls) if not _written(text, body)), None)
+            if lost is not None:
+                what = f"the template leaves out {lost[:40]!r} of the tool calls"
+                yield Problem(place, what, "use --template FILE with one that writes tool calls", "content-lost")
+
+    def numbered(self, row: Conversation) -> Conversation:
+        """Calls without an id get one where the template reads ids, as servers number them; results follow in order."""
+        if not self._reads_id or not any(m.fields.get("tool_calls") or m.role == "tool" for m in row.messages):
+            return row
+        messages: list[Message] = []
+        waiting: list[str] = []
+        number, changed = 0, False
+        for message in row.messages:
+            fields = dict(message.fields)
+            calls = fields.get("tool_calls")
+            if message.role == "assistant" and isinstance(calls, (list, tuple)):
+                waiting = []
+                for call in calls:
+                    given = isinstance(call, Mapping) and call.get("id")
+                    waiting.append(given or call_id(number))
+                    number, changed = number + 1, changed or not given
+                fields["tool_calls"] = [
+                    {**call, "id": name} if isinstance(call, Mapping) else call
+                    for call, name in zip(calls, waiting, strict=True)
+                ]
+            elif message.role == "tool" and not fields.get("tool_call_id"):
+                fields["tool_call_id"] = waiting.pop(0) if waiting else call_id(max(0, number - 1))
+                changed = True
+            messages.append(Message(message.role, message.content, fields))
+        if not changed:
+            return row
+        return replace(row, messages=tuple(messages))
+
+    def _note(self, what: str) -> None:
+        self.notes[what] = self.notes.get(what, 0) + 1
+
+
+def _after_same_message(last: Message, prompt: str, whole: str) -> str | None:
+    """What follows the prompt's last message and header in a rendering whose older part differs; None if they do too.
+
+    A template may drop older reasoning, or move a system message, once the answer is there. From the last message on
+    prompt and rendering must then be the same, up to where the answer begins.
+    """
+    content = last.content.strip()
+    start = prompt.rfind(content) if content else -1
+    end = prompt[start:]
+    if start < 0 or len(end.strip()) <= len(content):
+        return None
+    at = whole.rfind(end)
+    return whole[at + len(end) :] if at >= 0 else None
+
+
+def _opens(rest: str, opening: str) -> bool:
+    """Whether a turn begins with the channel that `opening` has closed already."""
+    tag = re.match(r"\s*<[^<>]*>", opening)
+    return tag is not None and rest.lstrip().startswith(tag.group().strip())
+
+
+def _rewritten(prompt: str, whole: str) -> tuple[str, str]:
+    """What and remedy for a rendering that does not begin with the prompt."""
+    pairs = enumerate(zip(prompt, whole, strict=False))
+    same = next((i for i, (left, right) in pairs if left != right), min(len(prompt), len(whole)))
+    what = (
+        "the template rewrites the prompt once the answer is there, and shows no way to go on from it: "
+        f"character {same} on, {prompt[same : same + 24]!r} becomes {whole[same : same + 24]!r}"
+    )
+    return what, "use --template FILE with one that appends each answer to the prompt"
 
 
 def _placed(problem: Problem, place: str) -> Problem:
@@ -175,144 +326,30 @@ def _placed(problem: Problem, place: str) -> Problem:
     return Problem(place, f"{problem.what} ({problem.place})", problem.remedy, problem.rule)
 
 
-def _typed_control_tokens(row: Conversation, tokenizer: Tokenizer) -> Iterator[Problem]:
-    """Control tokens spelt out in the row's own text, which would become real ones."""
-    texts = [(f"messages[{index}].content", message.content) for index, message in enumerate(row.messages)]
-    for index, message in enumerate(row.messages):
-        texts += [
-            (f"messages[{index}].{key}", text) for key, value in message.fields.items() for text in _strings(value)
-        ]
-    texts += [("tools", text) for tool in row.tools for text in _strings(tool)]
-    for where, text in texts:
-        match = tokenizer.control_pattern.search(text)
-        if match is not None:
-            what = f"contains the control token '{match.group()}' as text"
-            yield Problem(f"{row.origin}: {where}", what, "remove it", "control-token")
+def _called(calls: Any) -> Iterator[str]:
+    """The names of the functions that `tool_calls` calls, and every text among their arguments."""
+    for call in calls if isinstance(calls, (list, tuple)) else [calls]:
+        function = call.get("function", call) if isinstance(call, Mapping) else {}
+        if isinstance(function, Mapping):
+            yield from (text for text in (function.get("name"), *_texts(function.get("arguments"))) if text)
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Every string in a JSON value, keys included."""
+def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _strings(key)
-            yield from _strings(item)
+            yield str(key)
+            yield from _texts(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _strings(item)
+            yield from _texts(item)
 
 
-def _appended(prompt: str, whole: str, place: str) -> str:
-    """What `whole` adds to `prompt`. Raises TemplateError when it does not begin with it."""
-    if whole.startswith(prompt):
-        return whole[len(prompt) :]
-    pairs = enumerate(zip(prompt, whole, strict=False))
-    same = next((i for i, (left, right) in pairs if left != right), min(len(prompt), len(whole)))
-    what = (
-        "the template rewrites the prompt once the answer is there: "
-        f"character {same} on, {prompt[same : same + 24]!r} becomes {whole[same : same + 24]!r}"
-    )
-    raise TemplateError.at(place, what, OTHER_TEMPLATE, "rewrites-prompt")
+def _written(text: str, body: str) -> bool:
+    """Whether a template wrote this text, as it is or as JSON."""
+    if text.strip() in body:
+        return True
+    import json
 
-
-def _answer_text(rest: str, message: Message, terminator: Terminator, place: str) -> str:
-    """The part of an assistant turn that the model must emit: from its start through the terminator."""
-    body, found, after = rest.partition(terminator.text)
-    if not found:
-        what = f"the turn does not end with {terminator.text!r} as plain answers do, but with {rest[-24:]!r}"
-        raise TemplateError.at(place, what, OTHER_TEMPLATE, "no-terminator")
-    _check_single_end("", after, terminator, place)
-    calls = message.fields.get("tool_calls")
-    if calls:
-        lost = next((name for name in _called(calls) if name not in body), None)
-        if lost is not None:
-            what = f"the template leaves out the call of {lost!r}"
-            raise TemplateError.at(place, what, "use --template FILE with one that writes tool calls", "content-lost")
-    if not (message.content.strip() in body if calls else _ends_with(body, message.content, terminator.lead)):
-        what = f"the content cannot be found, whole and last, in what the template makes of it: {body[:40]!r}"
-        raise TemplateError.at(place, what, "change the content, or use --template FILE", "content-lost")
-    return body + terminator.text
-
-
-def _ends_with(body: str, content: str, lead: str) -> bool:
-    """Whether `body` ends with `content` and the template's own `lead`; the content may have been trimmed."""
-    if not body.endswith(lead):
-        return False
-    body = body[: len(body) - len(lead)]
-    core, bare = content.strip(), body.rstrip()
-    kept, full = body[len(bare) :], content[len(content.rstrip()) :]
-    return bare.endswith(core) and (full.startswith(kept) or not core)
-
-
-def _called(calls: Any) -> Iterator[str]:
-    """The names of the functions that `tool_calls` calls."""
-    for call in calls if isinstance(calls, (list, tuple)) else [calls]:
-        function = call.get("function", call) if isinstance(call, Mapping) else {}
-        name = function.get("name") if isinstance(function, Mapping) else None
-        if isinstance(name, str):
-            yield name
-
-
-def _check_single_end(before: str, after: str, terminator: Terminator, place: str) -> None:
-    """Refuse a turn with a second terminator: before the content the server would stop at it, after it is ambiguous."""
-    between, again, _ = after.partition(terminator.text)
-    if terminator.text in before or (again and between.strip()):
-        what = f"the template writes {terminator.text!r} more than once into one answer"
-        raise TemplateError.at(place, what, OTHER_TEMPLATE, "ambiguous-terminator")
-
-
-def _encode_turns(turns: Sequence[_Turn], tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """The ids of every prompt and of every prompt with its answer, by text."""
-    texts = {text: None for turn in turns for text in (turn.prompt_text, turn.prompt_text + turn.answer_text)}
-    return dict(zip(texts, tokenizer.encode_batch(list(texts)), strict=True))
-
-
-def _row_examples(
-    row: Conversation,
-    turns: Sequence[_Turn],
-    pieces: Mapping[str, list[int]],
-    tokenizer: Tokenizer,
-    terminator: Terminator,
-) -> tuple[list[Example], int, list[Problem]]:
-    """The examples of a row, how many of them have a merged boundary, and what is wrong with their tokens."""
-    examples, merged_boundaries, problems = [], 0, []
-    for turn in turns:
-        prompt = pieces[turn.prompt_text]
-        joint = pieces[turn.prompt_text + turn.answer_text]
-        merged = joint[: len(prompt)] != prompt
-        answer = tokenizer.encode(turn.answer_text) if merged else joint[len(prompt) :]
-        problem = _token_problem(turn, prompt, answer, tokenizer, terminator)
-        if problem is None and merged and tokenizer.decode(prompt + answer) != turn.prompt_text + turn.answer_text:
-            what = "the tokenizer joins prompt and answer, and apart their tokens spell another text"
-            problem = Problem(turn.place, what, "remove the row, or use --template FILE", "torn-boundary")
-        if problem is not None:
-            problems.append(problem)
-            continue
-        merged_boundaries += merged
-        weights = np.full(len(answer), turn.weight, dtype=np.float32)
-        examples.append(Example(_tokens(prompt), _tokens(answer), weights, row.origin, turn.turn, row.task))
-    return examples, merged_boundaries, problems
-
-
-def _token_problem(
-    turn: _Turn, prompt: list[int], answer: list[int], tokenizer: Tokenizer, terminator: Terminator
-) -> Problem | None:
-    """What forbids training on these tokens, if anything does."""
-    if not prompt:
-        what = "the template makes no prompt of the messages before it"
-        return Problem(turn.place, what, "use --template FILE with one that does", "no-prompt")
-    if len(prompt) > 1 and prompt[0] == prompt[1] == tokenizer.bos_id():
-        what = f"the prompt begins with {tokenizer.special['bos_token']!r} twice"
-        return Problem(turn.place, what, "use --template FILE with one that writes it once", "double-bos")
-    if not answer or answer[-1] != terminator.token_id:
-        what = f"the tokens of the answer do not end with {terminator.text!r}"
-        return Problem(turn.place, what, "remove the row, or use --template FILE", "no-terminator")
-    if terminator.token_id in answer[:-1]:
-        what = f"the content becomes the control token {terminator.text!r} when tokenised"
-        return Problem(turn.place, what, "remove it", "control-token")
-    return None
-
-
-def _tokens(ids: Sequence[int]) -> Int32:
-    return np.asarray(ids, dtype=np.int32)
+    return any(json.dumps(text, ensure_ascii=ascii_only)[1:-1] in body for ascii_only in (False, True))

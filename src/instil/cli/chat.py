@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -60,24 +61,31 @@ def _read() -> str | None:
 
 def _answer(ready: Any, messages: list[Any], sampling: Any) -> str:
     """Generate after the served prompt, printing text as it becomes whole characters; returns the answer."""
-    from instil.chat.turns import served_prompt
+    from instil.chat.pairs import served_prompt
     from instil.evaluate.generate import stream
+    from instil.measure import unended
 
     tokens: list[int] = []
     shown = 0
 
     def emit(token: int) -> None:
         nonlocal shown
-        if token in ready.stop_ids:
-            return
         tokens.append(token)
-        text = ready.chat.tokenizer.decode(tokens, False)
+        said = unended(tokens, ready)
+        text = ready.chat.tokenizer.decode(said[: len(said) - _begun(said, ready.stop_sequences)], False)
         if not text.endswith("\ufffd"):
             print(visible_lines(text[shown:]), end="", flush=True)
             shown = len(text)
 
     prompt = served_prompt(messages, ready.chat.tokenizer, ready.chat.template)
-    stream(ready.net, prompt, stop_ids=ready.stop_ids, sampling=sampling, emit=emit)
-    text = ready.chat.tokenizer.decode(tokens, False)
+    stream(
+        ready.net, prompt, stop_ids=ready.stop_ids, sampling=sampling, emit=emit, stop_sequences=ready.stop_sequences
+    )
+    text: str = ready.chat.tokenizer.decode(unended(tokens, ready), False)
     print(visible_lines(text[shown:]), flush=True)
     return text
+
+
+def _begun(tokens: Sequence[int], sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens at the end may become a sequence that ends the answer, and so are not shown yet."""
+    return max((n for s in sequences for n in range(1, len(s)) if tuple(tokens[-n:]) == tuple(s[:n])), default=0)

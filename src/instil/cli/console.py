@@ -6,14 +6,18 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
 from instil.errors import InstilError
 from instil.report.escape import visible_lines
+
+if TYPE_CHECKING:
+    from instil.config import Config
 
 
 def share_cores() -> None:
@@ -23,6 +27,49 @@ def share_cores() -> None:
     slower (docs/speed.md). A value that the user has set stays.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
+
+
+def looked_at(
+    words: Sequence[str],
+    model: str | None,
+    template: str | None,
+    heldout: str | None = None,
+    *,
+    config: bool = False,
+    data: Sequence[str] | None = None,
+) -> Config:
+    """The configuration for words of a command line: data files, and settings as section.key=value.
+
+    config: the words that are no settings are not data files but at most one configuration file; the data is `data`.
+    """
+    from instil.config import load_config
+    from instil.errors import UsageError
+
+    settings = [word for word in words if is_setting(word)]
+    files = [word for word in words if not is_setting(word)]
+    if config and len(files) > 1:
+        raise UsageError.at(files[1], "a second configuration file", "give one file, then section.key=value")
+    given: dict[str, Any] = {"model": model, "template": template, "data.heldout": share(heldout), "data.train": data}
+    if not config:
+        given["data.train"] = files or None
+        if heldout is None and not any(word.startswith("data.heldout=") for word in settings):
+            given["data.heldout"] = 0.0
+    file = Path(files[0]) if config and files else None
+    return load_config(file, settings, {key: value for key, value in given.items() if value is not None})
+
+
+def is_setting(word: str) -> bool:
+    """Whether a word is section.key=value rather than a file."""
+    key, sign, _ = word.partition("=")
+    return bool(sign) and key.replace(".", "").replace("_", "").isalpha() and not Path(word).exists()
+
+
+def share(text: str | None) -> str | float | None:
+    """A held-out side as given: a share of the rows, or a file."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
 
 
 def say(line: str) -> None:
@@ -99,12 +146,18 @@ def step_printer() -> Callable[[dict[str, Any], int], None]:
     return on_step
 
 
-def counter(what: str) -> Callable[[int, int], None]:
-    """A progress callback (done, all): a rewritten line on a terminal, a line each time elsewhere."""
+def counter(what: str, quiet_s: float = 0.0) -> Callable[[int, int], None]:
+    """A progress callback (done, all): a rewritten line on a terminal, a line each time elsewhere.
+
+    quiet_s: what is done sooner than that needs no line.
+    """
     began = time.monotonic()
 
     def tick(done: int, whole: int) -> None:
-        left = (time.monotonic() - began) / max(1, done) * (whole - done)
+        gone = time.monotonic() - began
+        if gone < quiet_s:
+            return
+        left = gone / max(1, done) * (whole - done)
         line = f"{what} {done:,}/{whole:,}, {duration(left)} left"
         if sys.stderr.isatty():
             print(f"\r\x1b[2K{line}", end="\n" if done >= whole else "", file=sys.stderr, flush=True)

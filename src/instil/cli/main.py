@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from instil import __version__
-from instil.cli import chat, check, evaluate, inspect, train
+from instil.cli import chat, check, evaluate, explain, inspect, plan, train
 from instil.cli.console import share_cores
 
 app = typer.Typer(
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, evaluate, chat, inspect, check):
+for verb in (train, evaluate, chat, plan, inspect, check, explain):
     verb.register(app)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from instil.cli.console import errors, put, put_json, say, step_printer
+from instil.cli.console import counter, errors, looked_at, put, put_json, say, step_printer
 
 
 def register(app: typer.Typer) -> None:
@@ -30,36 +30,12 @@ def train(
 ) -> None:
     """Fine-tune MODEL on the answers in DATA. Run the same command again to resume."""
     with errors():
-        from instil.config import load_config
-
-        words = arguments or []
-        files = [w for w in words if "=" not in w]
-        if len(files) > 1:
-            raise _usage(files[1], "a second configuration file", "give one file, then section.key=value")
-        given = {"model": model, "data.train": data, "data.heldout": _share(heldout), "template": template}
-        config = load_config(
-            Path(files[0]) if files else None,
-            [w for w in words if "=" in w],
-            {key: value for key, value in given.items() if value is not None},
-        )
+        config = looked_at(arguments or [], model, template, heldout, config=True, data=data)
         from instil.run import Listener
         from instil.run import train as run_train
 
-        folder = run_train(config, fresh=fresh, listener=Listener(say, step_printer()))
+        folder = run_train(config, fresh=fresh, listener=Listener(say, step_printer(), counter("rows prepared", quiet_s=3)))
         _report(folder, json)
-
-
-def _usage(place: str, what: str, remedy: str) -> Exception:
-    from instil.errors import UsageError
-
-    return UsageError.at(place, what, remedy)
-
-
-def _share(text: str | None) -> str | float | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return text
 
 
 def _report(folder: Path, json: bool) -> None:

@@ -14,13 +14,17 @@ import orjson
 
 from instil.errors import DataError, MachineError
 
-Fate = Literal["used", "dropped"]
+Fate = Literal["used", "split", "cut", "dropped"]
 Side = Literal["train", "heldout"]
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """The fate of one row. examples and tokens are what it contributes; rule and reason say why it was dropped."""
+    """The fate of one row: used; split = some of its examples were dropped; cut = old turns left a prompt; dropped.
+
+    examples, prompt_tokens and answer_tokens are what it contributes; cut_tokens what left its prompts; dropped_tokens
+    those of its dropped examples. rule and reason say why something was dropped or cut.
+    """
 
     origin: str
     fate: Fate
@@ -28,13 +32,15 @@ class LedgerEntry:
     examples: int = 0
     prompt_tokens: int = 0
     answer_tokens: int = 0
+    cut_tokens: int = 0
+    dropped_tokens: int = 0
     rule: str = ""
     reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerCounts:
-    """Sums over a ledger: rows = used_rows + dropped_rows = train_rows + heldout_rows.
+    """Sums over a ledger: rows = used_rows + dropped_rows = train_rows + heldout_rows. used_rows: all but dropped ones.
 
     dropped_by_rule sums to dropped_rows; its rules are in the order of their first row.
     """
@@ -47,6 +53,8 @@ class LedgerCounts:
     examples: int
     prompt_tokens: int
     answer_tokens: int
+    cut_tokens: int
+    dropped_tokens: int
     dropped_by_rule: Mapping[str, int]
 
 
@@ -108,13 +116,15 @@ def ledger_counts(entries: Sequence[LedgerEntry]) -> LedgerCounts:
     sides = Counter(entry.side for entry in entries)
     return LedgerCounts(
         rows=len(entries),
-        used_rows=fates["used"],
+        used_rows=len(entries) - fates["dropped"],
         dropped_rows=fates["dropped"],
         train_rows=sides["train"],
         heldout_rows=sides["heldout"],
         examples=sum(entry.examples for entry in entries),
         prompt_tokens=sum(entry.prompt_tokens for entry in entries),
         answer_tokens=sum(entry.answer_tokens for entry in entries),
+        cut_tokens=sum(entry.cut_tokens for entry in entries),
+        dropped_tokens=sum(entry.dropped_tokens for entry in entries),
         dropped_by_rule=dict(Counter(entry.rule for entry in entries if entry.fate == "dropped")),
     )
 

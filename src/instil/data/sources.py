@@ -1,8 +1,9 @@
-"""Files in, rows out: JSONL, a JSON array or Parquet, plain or gzip, recognised by content."""
+"""Files in, rows out: JSONL, a JSON array, Parquet or CSV, plain, gzip or zstd, recognised by content."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import gzip
 import hashlib
 import io
@@ -20,6 +21,7 @@ from typing import IO, Any
 
 from instil.data.jsontext import encoding_problem, kind, parse, syntax_problem
 from instil.data.parquet import parquet_rows
+from instil.data.table import table_delimiter, table_rows
 from instil.errors import DataError, Problem
 
 MAX_LINE_BYTES = 64 * 2**20  # one row; about 16 million tokens
@@ -29,6 +31,8 @@ MAX_PROBLEMS = 10_000  # a file with more is the wrong file; reading on would on
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\r\n]*")
 
+_ENDINGS = {"gzip": (".gz", ".gzip", ".tgz"), "zstd": (".zst", ".zstd")}
+
 # What people give by mistake: first bytes, what it is, what to do.
 _FOREIGN = (
     (b"\xff\xfe\x00\x00", "UTF-32 text", "save it as UTF-8: iconv -f UTF-32 -t UTF-8"),
@@ -36,10 +40,14 @@ _FOREIGN = (
     (b"\xff\xfe", "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8"),
     (b"\xfe\xff", "UTF-16 text", "save it as UTF-8: iconv -f UTF-16 -t UTF-8"),
     (b"PK\x03\x04", "a zip archive", "unpack it first"),
-    (b"BZh", "bzip2 data", "unpack it first, or use gzip"),
-    (b"\xfd7zXZ\x00", "xz data", "unpack it first, or use gzip"),
-    (b"\x28\xb5\x2f\xfd", "zstd data", "unpack it first, or use gzip"),
+    (b"BZh", "bzip2 data", "unpack it first, or use gzip or zstd"),
+    (b"\xfd7zXZ\x00", "xz data", "unpack it first, or use gzip or zstd"),
+    (b"\x28\xb5\x2f\xfd", "zstd inside gzip or zstd", "unpack it once"),
     (b"\x1f\x8b", "gzip inside gzip", "unpack it once"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "unpack it first"),
+    (b"Rar!\x1a\x07", "a RAR archive", "unpack it first"),
+    (b"\x89HDF", "an HDF5 file", "write it as JSONL or Parquet"),
+    (b"SQLite format 3", "an SQLite database", "write its rows as JSONL or Parquet"),
     (b"ARROW1", "an Arrow file", "write it as Parquet"),
     (b"PARE", "an encrypted Parquet file", "write it without encryption"),
     (b"version https://git-lfs", "a Git LFS pointer, not the data", "run `git lfs pull`"),
@@ -56,7 +64,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a file turned out to hold. container: JSONL, JSON array or Parquet, and whether gzip was around it."""
+    """What a file turned out to hold. container: JSONL, JSON array, Parquet, CSV or TSV, and what was around it.
+
+    path: what the file is called in origins: its path as given, or a name on the hub.
+    """
 
     path: str
     container: str
@@ -70,6 +81,16 @@ class Source:
         blank = f" ({self.blank_lines:,} blank line{'s' * (self.blank_lines != 1)} skipped)" if self.blank_lines else ""
         return f"{self.path}: {self.container}, {rows}, {format_name}{blank}"
 
+    def notes(self) -> list[str]:
+        """What the user should know beyond the sentence: blank lines, compression that the name does not show."""
+        found = []
+        if self.blank_lines:
+            found.append(f"{self.path}: {self.blank_lines:,} blank line{'s' * (self.blank_lines != 1)} skipped")
+        _, _, packing = self.container.partition(" in ")
+        if packing and not self.path.endswith(_ENDINGS[packing]):
+            found.append(f"{self.path}: is {packing} data, whatever its name, and was read as such")
+        return found
+
 
 def read_rows(path: str | Path) -> Source:
     """The rows of a file, all of them good. Raises DataError with every problem found."""
@@ -79,16 +100,20 @@ def read_rows(path: str | Path) -> Source:
     return source
 
 
-def scan_rows(path: str | Path) -> Source:
-    """The good rows of a file and the problems of the others; never raises for what the file holds."""
-    path = str(path)
+def scan_rows(file: str | Path, name: str | None = None) -> Source:
+    """The good rows of a file and the problems of the others; never raises for what the file holds.
+
+    name: what to call the file in origins and problems, if not by its path.
+    """
+    file = str(file)
+    path = file if name is None else name
     container, rows, blank_lines, problems = "unreadable", [], 0, []
     try:
-        with _opened(path) as (stream, zipped):
+        with _opened(file, path) as (stream, packing):
             container, reader = _recognise(stream, path)
-            if zipped and container == "Parquet":
+            if packing and container == "Parquet":
                 stream = io.BytesIO(_read_whole(stream, path))
-            container += " in gzip" * zipped
+            container += f" in {packing}" if packing else ""
             for found in reader(stream, path):
                 if isinstance(found, Row):
                     rows.append(found)
@@ -125,6 +150,9 @@ def _check_regular(path: str) -> None:
         raise DataError.at(path, "no such file", _nearest(path), "missing_file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise _unreadable(path, error) from None
+    if path.endswith(".py"):
+        remedy = "run it yourself and give the data it writes; instil executes no data set script"
+        raise DataError.at(path, "is a Python script, not data", remedy, "script")
     if stat.S_ISDIR(mode):
         raise DataError.at(path, "is a folder", "name the files in it", "not_a_file")
     if not stat.S_ISREG(mode):
@@ -149,23 +177,69 @@ def _unreadable(path: str, error: Exception) -> DataError:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[tuple[IO[bytes], bool]]:
-    """The file's bytes, unpacked if they are gzip, and whether they were. Read errors become DataError."""
-    _check_regular(path)
+def _opened(file: str, path: str) -> Iterator[tuple[IO[bytes], str]]:
+    """The file's bytes, unpacked if they are gzip or zstd, and which of them ("" if none). Errors become DataError."""
+    _check_regular(file)
     try:
-        with open(path, "rb") as file:
-            zipped = file.read(2) == b"\x1f\x8b"
-            file.seek(0)
-            if not zipped:
-                yield file, False
-                return
-            with io.BufferedReader(gzip.GzipFile(fileobj=file)) as unpacked:  # type: ignore[arg-type]
-                yield unpacked, True
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        what = f"damaged or cut gzip data ({error})"
+        with open(file, "rb") as raw:
+            head = raw.read(4)
+            raw.seek(0)
+            if head[:2] == b"\x1f\x8b":
+                with io.BufferedReader(gzip.GzipFile(fileobj=raw)) as unpacked:  # type: ignore[arg-type]
+                    yield unpacked, "gzip"
+            elif head == b"\x28\xb5\x2f\xfd":
+                with io.BufferedReader(_Zstd(file)) as unpacked:
+                    yield unpacked, "zstd"
+            else:
+                yield raw, ""
+    except (EOFError, zlib.error, gzip.BadGzipFile, _Damaged) as error:
+        packing = "zstd" if isinstance(error, _Damaged) else "gzip"
+        what = f"damaged or cut {packing} data ({error})"
         raise DataError.at(path, what, "write or fetch the file again", "truncated") from None
     except OSError as error:
         raise _unreadable(path, error) from None
+
+
+class _Damaged(Exception):
+    """What pyarrow says of bytes that are not zstd, or not all of it."""
+
+
+class _Zstd(io.RawIOBase):
+    """The unpacked bytes of a zstd file, through pyarrow, which brings the library; can go back to the start only."""
+
+    def __init__(self, file: str):
+        self._file = file
+        self._begin()
+
+    def _begin(self) -> None:
+        import pyarrow
+
+        # A file of its own each time: a stream closes the one below it when it goes.
+        self._stream = pyarrow.CompressedInputStream(pyarrow.OSFile(self._file), "zstd")
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if offset or whence != io.SEEK_SET:
+            raise io.UnsupportedOperation("a zstd stream goes back to its start only")
+        self._begin()
+        return 0
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            found = self._stream.read(len(buffer))
+        except OSError as error:
+            raise _Damaged(" ".join(str(error).split())[:100]) from None
+        buffer[: len(found)] = found
+        return len(found)
 
 
 Reader = Callable[[IO[bytes], str], "Iterator[Row | Problem | None]"]  # None stands for a blank line
@@ -180,12 +254,17 @@ def _recognise(stream: IO[bytes], path: str) -> tuple[str, Reader]:
     for magic, name, remedy in _FOREIGN:
         if head.startswith(magic):
             raise DataError.at(path, f"looks like {name}", remedy, "foreign")
+    if head[257:262] == b"ustar":
+        raise DataError.at(path, "looks like a tar archive", "unpack it first", "foreign")
     if 0 in head[:2]:
         what, remedy = "looks like UTF-16 text or a binary file", "save it as UTF-8 JSONL"
         raise DataError.at(path, what, remedy, "foreign")
     start = head.removeprefix(_BOM).lstrip(b" \t\r\n")[:1]
     if start == b"<":
         raise DataError.at(path, "looks like HTML or XML, not JSONL", "fetch the data itself, not its page", "foreign")
+    delimiter = table_delimiter(path)
+    if delimiter and start not in (b"{", b"["):
+        return ("TSV" if delimiter == "\t" else "CSV"), functools.partial(_table, delimiter=delimiter)
     if path.endswith(".parquet") and start not in (b"{", b"[", b""):
         raise DataError.at(path, "not a Parquet file (no PAR1 at its start)", "write or fetch it again", "parquet")
     return ("JSON array", _elements) if start == b"[" else ("JSONL", _lines)
@@ -267,6 +346,11 @@ def _skip(text: str, at: int) -> int:
 def _parquet(stream: IO[bytes], path: str) -> Iterator[Row | Problem | None]:
     for number, value in enumerate(parquet_rows(stream, path), start=1):
         yield value if isinstance(value, Problem) else Row(value, f"{path}:{number}")
+
+
+def _table(stream: IO[bytes], path: str, delimiter: str) -> Iterator[Row | Problem | None]:
+    for line, value in table_rows(stream, path, delimiter, MAX_LINE_BYTES):
+        yield Row(value, f"{path}:{line}") if isinstance(value, dict) else value
 
 
 def _read_whole(stream: IO[bytes], path: str) -> bytes:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -16,18 +17,21 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def export_model(net: PreTrainedModel, out: Path, *, source: Path, template: str, terminator_ids: list[int]) -> None:
+def export_model(
+    net: PreTrainedModel, out: Path, *, source: Path, template: str, terminators: Sequence[Mapping[str, Any]]
+) -> None:
     """Make `out`, complete or absent: AutoModelForCausalLM.from_pretrained(out) gives the same logits.
 
-    source: the base model's folder, whose tokenizer files are copied. terminator_ids: the tokens that end an answer;
-    they join the generation config's eos ids, so that every server stops there.
+    source: the base model's folder, whose tokenizer files are copied. terminators: {"text", "id"} of what ends an answer;
+    the ids join the generation config's eos ids, so that every server stops there. One that is not a single token (id
+    None) becomes a stop string.
     """
 
     def write(folder: Path) -> None:
         implementation = net.config._attn_implementation
         net.set_attn_implementation("sdpa")
         before = net.generation_config
-        net.generation_config = _stopping(net, terminator_ids)
+        net.generation_config = _stopping(net, terminators)
         try:
             net.save_pretrained(folder, safe_serialization=True)
         finally:
@@ -41,14 +45,16 @@ def export_model(net: PreTrainedModel, out: Path, *, source: Path, template: str
     write_folder(out, write)
 
 
-def _stopping(net: PreTrainedModel, terminator_ids: list[int]) -> GenerationConfig:
+def _stopping(net: PreTrainedModel, terminators: Sequence[Mapping[str, Any]]) -> GenerationConfig:
     """The model's generation config with the terminators first among its eos ids."""
     known_fields = (net.generation_config or GenerationConfig()).to_dict()
     known_fields.pop("_from_model_config", None)  # it is no longer what the model's config alone says
     config = GenerationConfig.from_dict(known_fields)
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ids = dict.fromkeys([*terminator_ids, *(i for i in known if i is not None)])
-    config.eos_token_id = list(ids)
+    ids = dict.fromkeys(i for i in [*(ending["id"] for ending in terminators), *known] if i is not None)
+    config.eos_token_id = list(ids) or None
+    if texts := [ending["text"] for ending in terminators if ending["id"] is None]:
+        config.stop_strings = texts
     return config
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from instil.errors import MachineError, ModelError
+from instil.model.pieces import Unfit, pieces_tokenizer
 
 CONVERTER_VERSION = "1"  # part of the cache key: raise it whenever the written files change
 
@@ -96,17 +97,40 @@ def convert(gguf_file: Path, out: Path) -> None:
     source = read(gguf_file)
     config = _config(source)
     tokenizer = build_tokenizer(source)
-    weights = _weights(source, config)
+    _write(source, config, tokenizer, out, _weights(source, config))
+
+
+def convert_vocabulary(gguf_file: Path, out: Path) -> None:
+    """`convert` without weights: tokenizer and template, and the configuration where `convert` could write it.
+
+    For files that hold a vocabulary only, for architectures that are not converted, and where no weights are needed.
+    """
+    source = read(gguf_file)
+    whole = source.values.get("general.architecture") == "llama" and "token_embd.weight" in source.tensors
+    _write(source, _config(source) if whole else None, build_tokenizer(source), out, None)
+
+
+def _write(
+    source: Source,
+    config: Mapping[str, Any] | None,
+    tokenizer: Tokenizer,
+    out: Path,
+    weights: dict[str, NDArray[np.float32]] | None,
+) -> None:
+    """Write the folder, of what there is."""
+    tokenizer_config = _tokenizer_config(source, config)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write_json(out / "config.json", config)
+        if config is not None:
+            _write_json(out / "config.json", config)
         _write_json(out / "generation_config.json", _generation_config(source))
-        _write_json(out / "tokenizer_config.json", _tokenizer_config(source, config))
+        _write_json(out / "tokenizer_config.json", tokenizer_config)
         (out / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         template = source.values.get("tokenizer.chat_template")
         if isinstance(template, str) and template:
             (out / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
-        _write_weights(out / "model.safetensors", weights)
+        if weights is not None:
+            _write_weights(out / "model.safetensors", weights)
     except OSError as error:
         raise MachineError.at(
             out, f"cannot be written ({error.strerror or error})", "free space or choose another folder"
@@ -294,11 +318,42 @@ def _write_weights(path: Path, weights: dict[str, NDArray[np.float32]]) -> None:
 
 
 def build_tokenizer(source: Source) -> Tokenizer:
-    """The file's vocabulary as a byte-level BPE of the tokenizers library."""
-    model, pre = source.values.get("tokenizer.ggml.model"), source.values.get("tokenizer.ggml.pre")
-    if model != "gpt2":
-        reason = " (SentencePiece: a GGUF does not keep its normaliser)" if model in ("llama", "t5") else ""
-        source.refuse(f"tokenizer.ggml.model {_short(model)}{reason} is not one instil converts (it converts: gpt2)")
+    """The file's vocabulary as a tokenizer of the tokenizers library: byte-level BPE (gpt2) or pieces (llama)."""
+    model = source.values.get("tokenizer.ggml.model")
+    if model == "llama":
+        return _pieces(source)
+    if model == "gpt2":
+        return _byte_level(source)
+    known = "it converts: gpt2, llama"
+    source.refuse(f"tokenizer.ggml.model {_short(model)} is not one instil converts ({known})")
+
+
+def _pieces(source: Source) -> Tokenizer:
+    """A sentencepiece BPE vocabulary. What llama.cpp does not do to the text, such as NFKC, is not done here either."""
+    for key in ("tokenizer.ggml.precompiled_charsmap", "tokenizer.ggml.remove_extra_whitespaces"):
+        if source.values.get(key):
+            source.refuse(f"{key}: this normaliser is not one instil converts")
+    tokens, types = source.texts(_TOKENS), _types(source)
+    scores = source.values.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or not all(isinstance(score, int | float) for score in scores):
+        source.refuse(f"tokenizer.ggml.scores is {_short(scores)}, not a list of numbers")
+    unknown = source.token_id("unknown")
+    prefix = source.values.get("tokenizer.ggml.add_space_prefix", True)
+    try:
+        tokenizer = pieces_tokenizer(
+            tokens, scores, types, unknown=None if unknown is None else tokens[unknown], space_prefix=bool(prefix)
+        )
+    except Unfit as error:
+        source.refuse(str(error))
+    template = _bos_template(source, tokens)
+    if template is not None:
+        tokenizer.post_processor = template
+    _add_tokens(source, tokenizer, tokens)
+    return tokenizer
+
+
+def _byte_level(source: Source) -> Tokenizer:
+    pre = source.values.get("tokenizer.ggml.pre")
     if pre not in _SPLITTERS:
         known = ", ".join(_SPLITTERS)
         source.refuse(f"tokenizer.ggml.pre {_short(pre)} is not one instil knows (it knows: {known})")
@@ -335,47 +390,69 @@ def _pre_tokenizer(splitter: str) -> pre_tokenizers.PreTokenizer:
 def _adds_bos(source: Source) -> bool:
     """Whether a text begins with the bos token; where the file does not say, llama.cpp's default for its splitter."""
     splitter = _SPLITTERS.get(str(source.values.get("tokenizer.ggml.pre")))
-    return bool(source.values.get("tokenizer.ggml.add_bos_token", splitter == "llama3"))
+    default = splitter == "llama3" or source.values.get("tokenizer.ggml.model") == "llama"
+    return bool(source.values.get("tokenizer.ggml.add_bos_token", default))
 
 
 def _post_processor(source: Source, tokens: Sequence[str]) -> processors.PostProcessor:
     byte_level = processors.ByteLevel(trim_offsets=False)
+    template = _bos_template(source, tokens)
+    return byte_level if template is None else processors.Sequence([byte_level, template])
+
+
+def _bos_template(source: Source, tokens: Sequence[str]) -> processors.PostProcessor | None:
+    """What puts the bos token first, where the vocabulary wants that."""
     bos = source.token_id("bos")
     if not _adds_bos(source) or bos is None:
-        return byte_level
-    template = processors.TemplateProcessing(  # "bos" is a label here: the token's own text could be taken for syntax
+        return None
+    return processors.TemplateProcessing(  # "bos" is a label here: the token's own text could be taken for syntax
         single=["bos:0", "$A:0"],
         pair=["bos:0", "$A:0", "bos:1", "$B:1"],
         special_tokens=[{"id": "bos", "ids": [bos], "tokens": [tokens[bos]]}],
     )
-    return processors.Sequence([byte_level, template])
 
 
 def _add_tokens(source: Source, tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
     """Control (and unknown) tokens become special added tokens, user-defined ones plain added tokens."""
-    types = source.values.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    if not isinstance(types, list) or len(types) != len(tokens):
-        source.refuse("tokenizer.ggml.token_type does not give one type for each token")
+    rstrip = _takes_spaces(source)
     added = [
-        AddedToken(token, special=kind != _USER_DEFINED, normalized=False)
-        for token, kind in zip(tokens, types, strict=True)
+        AddedToken(token, special=kind != _USER_DEFINED, normalized=False, rstrip=rstrip(token))
+        for token, kind in zip(tokens, _types(source), strict=True)
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) and token
     ]
     tokenizer.add_tokens(added)
 
 
-def _tokenizer_config(source: Source, config: Mapping[str, Any]) -> dict[str, Any]:
+def _types(source: Source) -> list[int]:
+    """llama.cpp's type of each token."""
+    count = len(source.texts(_TOKENS))
+    types = source.values.get("tokenizer.ggml.token_type", [1] * count)
+    if not isinstance(types, list) or len(types) != count:
+        source.refuse("tokenizer.ggml.token_type does not give one type for each token")
+    return types
+
+
+def _takes_spaces(source: Source) -> Callable[[str], bool]:
+    """Which added tokens take the spaces after them: Phi-3's do, which llama.cpp knows by the model's name too."""
+    name = str(source.values.get("general.name", "")).lower()
+    if "phi-3" not in name and "phi3" not in name:
+        return lambda token: False
+    return lambda token: token not in ("<unk>", "<s>", "<|endoftext|>")
+
+
+def _tokenizer_config(source: Source, config: Mapping[str, Any] | None) -> dict[str, Any]:
     tokens = source.texts(_TOKENS)
-    if len(tokens) > config["vocab_size"]:
+    if config is not None and len(tokens) > config["vocab_size"]:
         source.refuse(f"it has {len(tokens)} tokens, but embeddings for {config['vocab_size']}")
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: source.token_id(role) for name, role in roles.items()}
+    context = f"{source.values.get('general.architecture')}.context_length"
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{name: tokens[n] for name, n in ids.items() if n is not None},
         "add_bos_token": _adds_bos(source),
         "clean_up_tokenization_spaces": False,
-        "model_max_length": config["max_position_embeddings"],
+        **({"model_max_length": source.integer(context)} if context in source.values else {}),
     }
 
 

@@ -12,7 +12,8 @@ import os
 import re
 import secrets
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NoReturn
 
@@ -20,7 +21,7 @@ from instil.errors import MachineError, ModelError, Problem
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLE = (".bin", ".pt", ".pth", ".ckpt")
-_TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+_TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer.model", "spiece.model", "merges.txt", "vocab.txt", "*.tiktoken"]
 _NOT_FETCHED = ["*/*", "consolidated*"]  # subfolders hold other formats; consolidated* the same weights once more
 _HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _NOWHERE = "neither a folder here nor a usable hub name"
@@ -44,10 +45,12 @@ def locate(model: str, *, need_weights: bool) -> ModelFolder:
     """The folder that `model` stands for, fetched or converted where needed, and checked.
 
     model: `org/name[@revision]` on the hub, a folder, a `.gguf` file, or `demo`; an existing path wins over a hub name.
-    With need_weights=False a tokenizer.json suffices, and the hub is not asked for weights.
+    With need_weights=False a tokenizer.json suffices, and the hub is not asked for weights. A folder with another kind
+    of tokenizer file is replaced by one in the cache that has tokenizer.json and links to everything else.
     Raises ModelError for a model that cannot be used, MachineError where the cache cannot be written.
     """
     found = _find(model, need_weights=need_weights)
+    found = replace(found, path=_with_tokenizer_json(found.path))
     check_folder(found.path, need_weights=need_weights)
     return found
 
@@ -82,12 +85,12 @@ def check_folder(folder: Path, *, need_weights: bool) -> None:
 
 def _find(model: str, *, need_weights: bool) -> ModelFolder:
     if model == "demo":
-        return _from_gguf(_demo_file(), model, "demo")
+        return _from_gguf(_demo_file(), model, "demo", need_weights=need_weights)
     path = Path(os.path.expanduser(model))
     if model.strip() and os.path.isdir(path):
         return ModelFolder(path, model, None, "folder")
     if path.suffix.lower() == ".gguf" and os.path.isfile(path):
-        return _from_gguf(path, model, "gguf")
+        return _from_gguf(path, model, "gguf", need_weights=need_weights)
     if model.strip() and os.path.exists(path):
         _refuse(model, "is a file, but not a .gguf file", "give a folder, a .gguf file, a hub name (org/name) or demo")
     name = _HUB_NAME.fullmatch(model)
@@ -162,9 +165,12 @@ def _from_hub(model: str, repo: str, revision: str | None, *, need_weights: bool
 # ── GGUF, converted once into the cache ──────────────────────────────────────────────────────────────────────────────
 
 
-def _from_gguf(file: Path, name: str, source: Literal["gguf", "demo"]) -> ModelFolder:
-    """The converted folder of a GGUF file, keyed by its bytes and the converter's version."""
-    from instil.model.gguf import CONVERTER_VERSION
+def _from_gguf(file: Path, name: str, source: Literal["gguf", "demo"], *, need_weights: bool) -> ModelFolder:
+    """The converted folder of a GGUF file, keyed by its bytes and the converter's version.
+
+    Where no weights are needed and none were converted so far, a folder of the vocabulary alone.
+    """
+    from instil.model import gguf
 
     try:
         with file.open("rb") as stream:
@@ -172,28 +178,62 @@ def _from_gguf(file: Path, name: str, source: Literal["gguf", "demo"]) -> ModelF
     except OSError as error:
         raise MachineError.at(file, f"cannot be read ({error.strerror})", "check its permissions") from error
     revision = f"sha256:{digest.hexdigest()}"
-    digest.update(f"converter {CONVERTER_VERSION}".encode())
-    stem = re.sub(r"[^\w.-]", "_", file.stem, flags=re.ASCII).lstrip(".")[:80]
-    target = cache_folder() / "models" / f"{stem}-{digest.hexdigest()[:12]}"
-    if not target.is_dir():
-        try:
-            _publish(file, target)
-        except OSError as error:
-            place = error.filename or target.parent
-            remedy = "free space there, or set XDG_CACHE_HOME to a folder that can be written"
-            raise MachineError.at(place, f"cannot keep the converted model ({error.strerror})", remedy) from error
+    digest.update(f"converter {gguf.CONVERTER_VERSION}".encode())
+    target = _cached(file.stem, digest.hexdigest())
+    if need_weights:
+        _publish(target, lambda partial: gguf.convert(file, partial))
+    elif not target.is_dir():
+        target = target.with_name(f"{target.name}-vocabulary")
+        _publish(target, lambda partial: gguf.convert_vocabulary(file, partial))
     return ModelFolder(target, name, revision, source)
 
 
-def _publish(file: Path, target: Path) -> None:
-    """Convert into a `.partial-*` sibling and rename it to `target`: all of it appears, or nothing does."""
-    from instil.model.gguf import convert
+def _with_tokenizer_json(folder: Path) -> Path:
+    """The folder itself, or in the cache one with tokenizer.json where the folder has another kind of tokenizer file."""
+    from instil.model import vocabulary
 
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+        if "tokenizer.json" in names or vocabulary.convertible(names) is None:
+            return folder
+        if "config.json" in names:
+            _check_config(folder / "config.json")
+        target = _cached(folder.resolve().name, vocabulary.key(folder))
+    except OSError as error:
+        raise MachineError.at(error.filename or folder, f"cannot be read ({error.strerror})", "check it") from error
+    _publish(target, lambda partial: vocabulary.convert(folder, partial))
+    return target
+
+
+# ── the cache ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _cached(name: str, digest: str) -> Path:
+    """Where what is made of `name` is kept."""
+    stem = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII).lstrip(".")[:80]
+    return cache_folder() / "models" / f"{stem}-{digest[:12]}"
+
+
+def _publish(target: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill the folder `target`, unless it is there: all of it appears, or nothing does."""
+    if target.is_dir():
+        return
+    try:
+        _write_then_rename(target, write)
+    except OSError as error:
+        place = error.filename or target.parent
+        remedy = "free space there, or set XDG_CACHE_HOME to a folder that can be written"
+        raise MachineError.at(place, f"cannot keep the converted model ({error.strerror})", remedy) from error
+
+
+def _write_then_rename(target: Path, write: Callable[[Path], None]) -> None:
+    """Write into a `.partial-*` sibling and rename it to `target`."""
     partial, held = _claim(target)
     try:
-        convert(file, partial)
+        write(partial)
         for written in [*partial.iterdir(), partial]:
-            _sync(written)
+            if not written.is_symlink():
+                _sync(written)
         try:
             partial.rename(target)
         except OSError as error:

@@ -17,8 +17,13 @@ KEEP_BYTES = 1 << 30  # free memory at the top of the heap that is kept
 HEAP_BYTES = 32 << 20  # larger blocks are mapped and given back: on the heap, blocks of changing size fragment it
 
 
+KERNELS = "128"  # that oneDNN keeps: packs have many lengths, each gets a kernel of its own of 0.6 MB, and 1,024 are kept
+
+
 def set_up_machine(threads: int | None) -> None:
     """Use `threads` CPU threads (None = every core this process may use) and let the allocator keep up to 1 GiB blocks."""
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # read at the first matrix product
+        os.environ.setdefault(name, KERNELS)
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another libc than glibc has no mallopt

@@ -85,13 +85,16 @@ class StepPlan:
     steps_per_epoch: int
 
 
-def plan_steps(lengths: Indices, batch_examples: float, limit_tokens: int) -> StepPlan:
+def plan_steps(lengths: Indices, batch_examples: float, limit_tokens: int, most_steps: int | None = None) -> StepPlan:
     """Choose the pack capacity and the number of steps of an epoch so that a step holds `batch_examples` on average.
 
-    limit_tokens: the largest pack that fits the machine. The batch of t = batch_examples * mean(length) tokens is laid
-    out as k = ceil(t / limit) packs; the capacity is the least at which all examples fit into steps * k packs, so that
-    packs are even and no step is left with a remainder. Packs are never cut, so a step may hold a few examples more or
-    less than the mean; its loss is divided by what it holds, exactly.
+    lengths: of the first epoch's examples, with repetition. most_steps: the number of examples in the smallest epoch,
+    where epochs differ (mix.py). limit_tokens: the largest pack that fits the machine.
+
+    The batch of t = batch_examples * mean(length) tokens is laid out as k = ceil(t / limit) packs; the capacity is the
+    least at which all examples fit into steps * k packs, so that packs are even and no step is left with a remainder.
+    Packs are never cut, so a step may hold a few examples more or less than the mean; its loss is divided by what it
+    holds, exactly.
     """
     steps = max(1, round(len(lengths) / batch_examples))
     tokens_per_step = int(lengths.sum()) / steps
@@ -101,7 +104,7 @@ def plan_steps(lengths: Indices, batch_examples: float, limit_tokens: int) -> St
     while packs > wanted and capacity < limit_tokens:
         capacity = min(limit_tokens, capacity + max(1, capacity // 200))
         packs = _count(lengths, capacity)
-    return StepPlan(capacity, packs, min(steps, packs))
+    return StepPlan(capacity, packs, min(steps, packs, most_steps or packs))
 
 
 def _count(lengths: Indices, capacity_tokens: int) -> int:
@@ -118,10 +121,30 @@ def shuffled(n: int, key: tuple[int, int]) -> Indices:
     return np.argsort(np.random.Philox(key=np.array(key, np.uint64)).random_raw(n), kind="stable")
 
 
-def epoch_packs(lengths: Indices, plan: StepPlan, seed: int, epoch: int) -> list[list[Indices]]:
-    """The packs of each step of an epoch, a pure function of (lengths, plan, seed, epoch); no step is empty."""
-    packs = plan_packs(lengths, plan.capacity_tokens, shuffled(len(lengths), (seed, 2 * epoch)))
+def epoch_packs(
+    lengths: Indices, plan: StepPlan, seed: int, epoch: int, chosen: Indices | None = None
+) -> list[list[Indices]]:
+    """The packs of each step of an epoch, a pure function of its arguments; no step is empty.
+
+    chosen: the epoch's examples, an index as often as the example is used (None = each once). Their number may differ
+    between epochs, but is at least the steps of the plan (`most_steps` of `plan_steps`).
+    """
+    chosen = np.arange(len(lengths)) if chosen is None else chosen
+    packs = plan_packs(lengths[chosen], plan.capacity_tokens, shuffled(len(chosen), (seed, 2 * epoch)))
+    packs = _at_least(plan.steps_per_epoch, packs)
     order = shuffled(len(packs), (seed, 2 * epoch + 1))
     steps = plan.steps_per_epoch
     cuts = [round(i * len(packs) / steps) for i in range(steps + 1)]
-    return [[packs[j] for j in order[a:b]] for a, b in itertools.pairwise(cuts)]
+    return [[chosen[packs[j]] for j in order[a:b]] for a, b in itertools.pairwise(cuts)]
+
+
+def _at_least(n: int, packs: list[Indices]) -> list[Indices]:
+    """At least n packs: the one of most examples is halved until there are."""
+    packs = list(packs)
+    while len(packs) < n:
+        i = max(range(len(packs)), key=lambda j: len(packs[j]))
+        half = len(packs[i]) // 2
+        if not half:
+            raise ValueError(f"{n} steps need as many examples, and the epoch has {len(packs)}")
+        packs[i : i + 1] = [packs[i][:half], packs[i][half:]]
+    return packs

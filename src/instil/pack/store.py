@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from instil.types import Example
 
-FORMAT = 1  # part of the digest: a changed layout is prepared anew, never misread
+FORMAT = 2  # part of the digest: a changed layout is prepared anew, never misread
 
 SCHEMA = pa.schema(
     [
@@ -25,6 +25,9 @@ SCHEMA = pa.schema(
         ("origin", pa.large_string()),
         ("turn", pa.int32()),
         ("task", pa.large_string()),
+        ("kinds", pa.large_list(pa.int8())),
+        ("cut_tokens", pa.int32()),
+        ("source", pa.int32()),
     ]
 )
 
@@ -32,13 +35,17 @@ SCHEMA = pa.schema(
 class ExampleStore(Sequence[Example]):
     """The examples of one side (train or held-out), read from a memory-mapped file.
 
-    lengths [n]: computed tokens of each example; target_tokens [n]: its answer tokens with weight > 0.
+    lengths [n]: computed tokens of each example; target_tokens [n]: its answer tokens with weight > 0; source [n]: which
+    of the sources it is from.
     """
 
     def __init__(self, path: Path):
         with pa.memory_map(str(path)) as file:
             table = pa.ipc.open_file(file).read_all().combine_chunks()
         self._origin, self._turn, self._task = (table.column(name) for name in ("origin", "turn", "task"))
+        self._cut = table.column("cut_tokens")
+        self._kinds = _ragged(table, "kinds")
+        self.source = table.column("source").to_numpy()
         self._prompt = _ragged(table, "prompt_tokens")
         self._answer = _ragged(table, "answer_tokens")
         self._weights = _ragged(table, "weights")
@@ -54,12 +61,14 @@ class ExampleStore(Sequence[Example]):
     def __getitem__(self, i: int) -> Example:  # type: ignore[override]
         if not 0 <= i < len(self):
             raise IndexError(i)
-        prompt, answer, weights = (
-            values[offsets[i] : offsets[i + 1]] for offsets, values in (self._prompt, self._answer, self._weights)
+        prompt, answer, weights, kinds = (
+            values[offsets[i] : offsets[i + 1]]
+            for offsets, values in (self._prompt, self._answer, self._weights, self._kinds)
         )
         return Example(
-            prompt, answer, weights, self._origin[i].as_py(), self._turn[i].as_py(), task=self._task[i].as_py()
-        )
+            prompt, answer, weights, self._origin[i].as_py(), self._turn[i].as_py(), self._task[i].as_py(), kinds,
+            self._cut[i].as_py(), int(self.source[i]),
+        )  # fmt: skip
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -90,6 +99,9 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
         pa.array([e.origin for e in examples], pa.large_string()),
         pa.array([e.turn for e in examples], pa.int32()),
         pa.array([e.task for e in examples], pa.large_string()),
+        ragged([e.kinds for e in examples], pa.int8()),
+        pa.array([e.cut_tokens for e in examples], pa.int32()),
+        pa.array([e.source for e in examples], pa.int32()),
     ]
     table = pa.Table.from_arrays(columns, schema=SCHEMA)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:

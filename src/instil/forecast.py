@@ -1,0 +1,412 @@
+"""What a run will need, before it begins: FLOPs by formula, memory from shapes, seconds from a measurement on this machine."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from instil.config import Config, flat
+from instil.data.ledger import read_ledger
+from instil.errors import InstilError, ModelError
+from instil.folder import RunFolder, run_name
+from instil.model.adapters import add_lora
+from instil.model.head import CHUNK_BYTES
+from instil.model.load import device_named, load_model, refuse_lengths, refuse_recurrent
+from instil.model.locate import check_folder, locate
+from instil.model.machine import set_up_machine
+from instil.model.memory import fitting_tokens
+from instil.pack.loader import Loader
+from instil.pack.plan import Indices
+from instil.pack.tree import build_pack
+from instil.plan import (
+    SourceUse,
+    Work,
+    loader_of,
+    source_uses,
+    total_steps,
+    work_of_epoch,
+    work_of_examples,
+    work_of_run,
+)
+from instil.prepare import Prepared, data_digests, open_chat, prepare
+from instil.resolve import resolve
+from instil.train.loss import pack_loss
+from instil.train.optim import MasterAdamW
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# Resident memory beyond the tensors of a CPU run: what oneDNN's kernels keep, and the holes that blocks of changing size
+# leave in the heap between two releases. Fitted together with FROZEN_SHARE to seven measured runs of 13M to 135M
+# parameters, all within 9%, with oneDNN's caches limited to 128 kernels.
+OVERHEAD_BYTES = {torch.bfloat16: 300e6, torch.float32: 150e6}
+OVERHEAD_PER_ACTIVATION = 0.6
+FROZEN_SHARE = (
+    0.93  # with an adapter, of the activations of full tuning: frozen layers keep less, adapters add their own
+)
+WARM_UP_PACKS, TIMED_PACKS = 1, 2
+
+
+# ── what a run does before it trains ─────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run as it will be: every setting chosen, its examples, the loader of its batches, its number of steps."""
+
+    config: Config
+    data: Prepared
+    loader: Loader
+    steps: int
+
+
+def planned(config: Config, data: Prepared, net: PreTrainedModel, device: torch.device, name: str) -> Planned:
+    """Choose what the configuration leaves open, and cut the epochs into steps. net: of shapes alone, or loaded."""
+    fitting = fitting_tokens(net, DTYPES[config.train.precision], device)
+    full, _ = resolve(config, data.train, fitting, name)
+    loader = loader_of(full, data.train)
+    return Planned(full, data, loader, total_steps(full, loader.plan))
+
+
+def shapes(folder: Path, config: Config, longest_tokens: int = 0) -> PreTrainedModel:
+    """The model of a folder, adapter included, without its weights: on torch's meta device, from config.json alone.
+
+    Raises ModelError for a model that could not be trained (model/load.py) or has no config.json.
+    """
+    try:
+        found = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever transformers makes of a broken folder
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError.at(folder / "config.json", f"not usable: {first}", "use a model transformers knows") from error
+    refuse_recurrent(found, folder)
+    refuse_lengths(found, longest_tokens, folder)
+    with torch.device("meta"):
+        net: PreTrainedModel = AutoModelForCausalLM.from_config(found, dtype=DTYPES[config.train.precision])
+    if config.adapter.rank:
+        add_lora(net, config.adapter, config.model, config.train.seed)
+    return net
+
+
+# ── FLOPs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Multiply-adds of a forward pass: body = elements of all matrices of the layers, a computed token;
+    attention = layers * heads * head width, a pair of tokens / 2; head = vocabulary * width, a target;
+    adapter = elements of the adapter, a computed token (0 = full tuning)."""
+
+    body: int
+    attention: int
+    head: int
+    adapter: int
+
+    def forward_flops(self, work: Work) -> int:
+        """2 FLOP a multiply-add. Attention is causal: half of the 4 * heads * width * length^2 of the full square."""
+        tokens = 2 * (self.body + self.adapter) * work.computed_tokens
+        return tokens + 2 * self.attention * work.squared_tokens + 2 * self.head * work.target_tokens
+
+    def training_flops(self, work: Work) -> int:
+        """Forward and backward: three times the forward, less the gradients of weights that an adapter leaves frozen."""
+        frozen = 2 * (self.body * work.computed_tokens + self.head * work.target_tokens) if self.adapter else 0
+        return 3 * self.forward_flops(work) - frozen
+
+
+def costs_of(net: PreTrainedModel, *, adapted: bool) -> Costs:
+    """The costs of a dense decoder, from its shapes: all its matrices but the embeddings and the head take part."""
+    c = net.config.get_text_config()
+    heads = c.num_attention_heads
+    width = getattr(c, "head_dim", None) or c.hidden_size // heads
+    outside = {id(m.weight) for m in net.modules() if isinstance(m, nn.Embedding)}
+    projection: Any = net.get_output_embeddings()
+    outside.add(id(projection.weight))
+    matrices = [p for p in net.parameters() if p.dim() > 1 and id(p) not in outside]
+    adapter = sum(p.numel() for p in matrices if p.requires_grad) if adapted else 0
+    body = sum(p.numel() for p in matrices) - adapter
+    return Costs(body, c.num_hidden_layers * heads * width, projection.weight.numel(), adapter)
+
+
+# ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def weight_bytes(net: PreTrainedModel, dtype: torch.dtype) -> int:
+    """Weights, gradients and AdamW's state (train/optim.py).
+
+    A trainable parameter in bfloat16 has its copy 2, master 4, gradient sum 4 and two moments 8 bytes; in float32 itself
+    4, gradient 4 and moments 8; a frozen one is only itself.
+    """
+    size = dtype.itemsize
+    trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in net.parameters()) - trainable
+    return frozen * size + trainable * (18 if size == 2 else 16)
+
+
+def saved_bytes_per_token(net: PreTrainedModel, dtype: torch.dtype) -> float:
+    """What the layers keep of a token for the backward pass: size * L * (nd + 4Hh + 4f), n = 10 in bfloat16, 7 in float32.
+
+    Two norms (with float32 copies where that is another type) and the inputs of the projections nd; q, k, v (repeated to
+    all heads) and the output 4Hh; gate, up, SiLU and product 4f.
+    """
+    c = net.config.get_text_config()
+    d, heads = c.hidden_size, c.num_attention_heads
+    width = getattr(c, "head_dim", None) or d // heads
+    wide = getattr(c, "intermediate_size", None) or getattr(c, "n_inner", None) or 4 * d
+    norms = 7 if dtype == torch.float32 else 10
+    return dtype.itemsize * c.num_hidden_layers * (norms * d + 4 * heads * width + 4 * wide)
+
+
+def activation_bytes(
+    net: PreTrainedModel, dtype: torch.dtype, pack_tokens: int, target_tokens: int, *, adapted: bool
+) -> float:
+    """Of a pack: what the layers save, a chunk of logits, and the head's gradient in float32 and in `dtype`."""
+    projection: Any = net.get_output_embeddings()
+    vocabulary = projection.weight.shape[0]
+    saved = saved_bytes_per_token(net, dtype) * pack_tokens * (FROZEN_SHARE if adapted else 1.0)
+    logits = 1.5 * min(CHUNK_BYTES, 4 * vocabulary * target_tokens)
+    return saved + logits + (0 if adapted else projection.weight.numel() * (4 + dtype.itemsize))
+
+
+def peak_memory(
+    work: Planned, net: PreTrainedModel, device: torch.device, *, resident_bytes: int, file_bytes: int = 0
+) -> int:
+    """The most memory of the run: of the GPU its tensors, of the CPU the whole process.
+
+    resident_bytes: of the process before the model is loaded; file_bytes: of the weights, mapped while they are converted.
+    """
+    config, adapted = work.config, bool(work.config.adapter.rank)
+    dtype = DTYPES[config.train.precision]
+    largest = largest_pack(work.loader)
+    lengths, targets = (int(x[largest].sum()) for x in (work.data.train.lengths, work.data.train.target_tokens))
+    activations = activation_bytes(net, dtype, lengths, targets, adapted=adapted)
+    weights = weight_bytes(net, dtype)
+    if device.type == "cuda":
+        return int(weights + activations)
+    loaded = sum(p.numel() for p in net.parameters()) * (dtype.itemsize if adapted else 4)
+    loading = file_bytes if 0.95 * file_bytes < loaded < 1.05 * file_bytes else file_bytes + loaded  # else converted
+    training = weights + activations * (1 + OVERHEAD_PER_ACTIVATION) + OVERHEAD_BYTES[dtype]
+    return int(resident_bytes + max(loading, training))
+
+
+def largest_pack(loader: Loader) -> Indices:
+    """The pack of the first epoch with the most computed tokens."""
+    packs = [pack for step in loader.packs(0) for pack in step]
+    return max(packs, key=lambda pack: int(loader.lengths[pack].sum()))
+
+
+def resident_bytes() -> int:
+    """Memory of this process now; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    except OSError:
+        return 0
+
+
+# ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Pace:
+    """This machine with this model: FLOP/s of forward and backward passes, seconds of an update and of loading."""
+
+    flops_per_s: float
+    update_s: float
+    load_s: float
+
+
+def measured_pace(work: Planned, folder: Path, costs: Costs, device: torch.device) -> Pace:
+    """Load the model as a run does, and train on three packs of the plan at rate 0; the first is not counted."""
+    began = time.perf_counter()
+    config, adapted = work.config, bool(work.config.adapter.rank)
+    dtype = DTYPES[config.train.precision]
+    longest = int(work.data.train.lengths.max())
+    net = load_model(folder, dtype=dtype if adapted else torch.float32, device=device, longest_tokens=longest)
+    if adapted:
+        add_lora(net, config.adapter, config.model, config.train.seed)
+    optimizer = MasterAdamW(net, dtype=dtype, weight_decay=0.0)
+    net.train()
+    load_s = time.perf_counter() - began
+    packs = [pack for step in work.loader.packs(0) for pack in step]
+    flops, passing, updating = 0, 0.0, 0.0
+    for i in range(WARM_UP_PACKS + TIMED_PACKS):
+        indices = packs[i % len(packs)]
+        pack = build_pack([work.data.train[int(e)] for e in indices], indices.tolist())
+        start = _now(device)
+        optimizer.zero()
+        pack_loss(net, pack, float(pack.weight.sum())).share.backward()
+        middle = _now(device)
+        optimizer.grad_norm()
+        optimizer.update(lr=0.0, grad_scale=1.0)
+        if i >= WARM_UP_PACKS:
+            flops += costs.training_flops(work_of_examples(work.data.train, indices))
+            passing, updating = passing + middle - start, updating + _now(device) - middle
+    return Pace(flops / passing, updating / TIMED_PACKS, load_s)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def measuring_passes(every_steps: int, steps: int) -> int:
+    """How often the held-out loss is measured: before the first step, every `every_steps`, and after the last."""
+    return len({0, steps, *range(every_steps, steps, every_steps)})
+
+
+# ── the forecast ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """All of it, for people and --json. epoch: the first; run: every step; chosen: settings that were left open.
+
+    seconds: of the whole run, train_seconds: of its steps; None where they were not measured, and `untimed` says why.
+    """
+
+    rows: int
+    heldout_examples: int
+    once: Work
+    epoch: Work
+    run: Work
+    capacity_tokens: int
+    flops: int
+    peak_memory_bytes: int
+    train_seconds: float | None
+    seconds: float | None
+    untimed: str
+    mix: list[SourceUse]
+    chosen: dict[str, Any]
+    ledger: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """rows, examples, prompt and answer tokens: what there is to learn from, once; the other counts: of the run."""
+        return {
+            "rows": self.rows, "examples": self.once.examples, "prompt_tokens": self.once.prompt_tokens,
+            "answer_tokens": self.once.answer_tokens, "target_tokens": self.run.target_tokens,
+            "computed_tokens": self.run.computed_tokens, "packs": self.run.packs, "steps": self.run.steps,
+            "packing_efficiency": self.packing_efficiency, "pack_capacity_tokens": self.capacity_tokens,
+            "flops": self.flops, "peak_memory_bytes": self.peak_memory_bytes, "seconds": self.seconds,
+            "train_seconds": self.train_seconds, "untimed": self.untimed, "epoch": asdict(self.epoch),
+            "heldout_examples": self.heldout_examples, "mix": [use.as_dict() for use in self.mix],
+            "chosen": self.chosen, "ledger": self.ledger,
+        }  # fmt: skip
+
+    @property
+    def packing_efficiency(self) -> float:
+        """Computed tokens of what the packs of the run could hold."""
+        return self.run.computed_tokens / (self.run.packs * self.capacity_tokens)
+
+
+def forecast(config: Config, *, measure: bool = True, say: Callable[[str], None] = lambda line: None) -> Forecast:
+    """What `train` with this configuration will do and need, from a fresh start; nothing is left on disk.
+
+    measure: run three packs through the real model for the time (about 20 s for a small one); it needs the weights.
+    """
+    device = device_named(config.run.device)
+    set_up_machine(config.run.threads)
+    began = time.monotonic()
+    model = locate(config.model, need_weights=False)
+    with tempfile.TemporaryDirectory(prefix="instil-plan-") as folder:
+        chat = open_chat(model.path, config.template, args=config.chat.template_args)
+        run = RunFolder(Path(folder))
+        data = prepare(config, model.path, chat, data_digests(config), run)
+        rows = sum(entry.side == "train" and entry.examples > 0 for entry in read_ledger(run.ledger))
+        prepare_s, resident = time.monotonic() - began, resident_bytes()
+        net = shapes(model.path, config, int(data.train.lengths.max()))
+        work = planned(config, data, net, device, run_name(config))
+        costs = costs_of(net, adapted=bool(config.adapter.rank))
+        size = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
+        memory = peak_memory(work, net, device, resident_bytes=resident, file_bytes=size)
+        untimed = _untimed(model.path, measure)
+        pace = None
+        if not untimed:
+            say("measuring three packs with the model on this machine (--no-measure leaves it out)")
+            pace = measured_pace(work, model.path, costs, device)
+        return _forecast(config, work, costs, memory, pace, untimed, rows, prepare_s)
+
+
+def _untimed(folder: Path, measure: bool) -> str:
+    """Why there will be no time; "" if there will be."""
+    if not measure:
+        return "not measured (--no-measure)"
+    try:
+        check_folder(folder, need_weights=True)
+    except InstilError as error:
+        return f"not measured: {error.problems[0].what}"
+    return ""
+
+
+def _forecast(
+    config: Config,
+    work: Planned,
+    costs: Costs,
+    memory: int,
+    pace: Pace | None,
+    untimed: str,
+    rows: int,
+    prepare_s: float,
+) -> Forecast:
+    train, heldout, loader = work.data.train, work.data.heldout, work.loader
+    whole = work_of_run(loader, train, work.steps)
+    flops = costs.training_flops(whole)
+    train_s = seconds = None
+    if pace is not None:
+        train_s = flops / pace.flops_per_s + work.steps * pace.update_s
+        seconds = prepare_s + pace.load_s + train_s + _heldout_flops(work, costs) / pace.flops_per_s
+    now, then = flat(work.config.model_dump()), flat(config.model_dump())
+    chosen = {key: value for key, value in now.items() if then.get(key) is None and value is not None}
+    return Forecast(
+        rows=rows, heldout_examples=0 if heldout is None else len(heldout),
+        once=work_of_examples(train, np.arange(len(train))), epoch=work_of_epoch(loader, train, 0), run=whole,
+        capacity_tokens=loader.plan.capacity_tokens, flops=flops, peak_memory_bytes=memory, train_seconds=train_s,
+        seconds=seconds, untimed=untimed, mix=source_uses(work.config, loader, train), chosen=chosen,
+        ledger=work.data.record["rows"],
+    )  # fmt: skip
+
+
+def _heldout_flops(work: Planned, costs: Costs) -> int:
+    """Of all measurements of the held-out loss during the run."""
+    if work.data.heldout is None:
+        return 0
+    n = min(work.config.evaluate.examples, len(work.data.heldout))
+    once = work_of_examples(work.data.heldout, np.arange(n))
+    return measuring_passes(work.config.evaluate.every_steps or work.steps, work.steps) * costs.forward_flops(once)
+
+
+# ── afterwards ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+COMPARED = ("steps", "target_tokens", "computed_tokens", "train_seconds", "peak_memory_bytes")
+EARLY_STEPS = slice(1, 4)  # the second to the fourth: their pace predicts the time of all
+
+
+def predicted(work: Planned, memory_bytes: int) -> dict[str, Any]:
+    """What a run expects of itself before its first step; its time is known only once it has begun (see `compared`)."""
+    whole = work_of_run(work.loader, work.data.train, work.steps)
+    return {
+        "steps": work.steps, "target_tokens": whole.target_tokens, "computed_tokens": whole.computed_tokens,
+        "peak_memory_bytes": memory_bytes,
+    }  # fmt: skip
+
+
+def compared(
+    expected: Mapping[str, Any], summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """`plan` of summary.json: what was predicted, and the error of each figure, (predicted - found) / found.
+
+    records: of metrics.jsonl; train_seconds is predicted from the pace of the second to the fourth step.
+    """
+    early = records[EARLY_STEPS]
+    guess = dict(expected)
+    if seconds := sum(r["seconds"] for r in early):
+        tokens = sum(r["computed_tokens"] for r in early)
+        guess["train_seconds"] = expected["computed_tokens"] * seconds / tokens
+    error = {key: guess[key] / summary[key] - 1 for key in COMPARED if guess.get(key) and summary.get(key)}
+    return {"predicted": guess, "error": error}
