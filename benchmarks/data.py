@@ -3,10 +3,12 @@
     python benchmarks/data.py --data train.jsonl.gz --model demo --trl /path/to/trl-venv/bin/python
 
 TRL (see requirements.txt) lives in a virtual environment of its own. Both sides read the same JSONL from disk, with the
-same tokenizer and template, in a fresh process pinned to one core, and keep their result on disk: ours certified examples
-in `packs/`, TRL's the Arrow file that SFTTrainer's own preparation writes. Importing and loading the model do not count.
-Kinds of data: `pairs` = question and answer; `turns` = conversations of ten such exchanges. --data has a question and an
-answer a row (JSONL, may be gzip). Writes results/data.json.
+same tokenizer and template, in a fresh process pinned to one core, and keep their result on disk: ours examples in
+`packs/`, TRL's the Arrow file that SFTTrainer's own preparation writes. Importing and loading the model do not count.
+Ours is given twice: as TRL's, and with the certificate, which TRL has not. Tokens are those of whole conversations.
+Kinds of data: `pairs` = prompt and completion, of which TRL's defaults learn the completion; `turns` = conversations of
+ten such exchanges of which the answers are learnt (TRL: assistant_only_loss, which needs the {% generation %} blocks of
+the template below). --data has a question and an answer a row (JSONL, may be gzip). Writes results/data.json.
 """
 
 from __future__ import annotations
@@ -26,17 +28,25 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ONE_CORE = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\\n{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}\\n{% else %}{{ message['content'] }}<|im_end|>"
+    "\\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\\n{% endif %}"
+)
+
 TRL = """
 import json, os, sys, time
 import torch, transformers
 from datasets import load_dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
-file, model, out = sys.argv[1:4]
+file, model, out, template, kind = sys.argv[1:6]
 tokenizer = AutoTokenizer.from_pretrained(model)
+tokenizer.chat_template = open(template).read()
 net = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                    num_attention_heads=2, num_key_value_heads=2))
 args = SFTConfig(output_dir=out, max_length=None, packing=False, report_to=[], use_cpu=True, bf16=False,
+                 assistant_only_loss=kind == "turns",
                  eos_token=tokenizer.eos_token, pad_token=tokenizer.eos_token)
 began = time.perf_counter()
 rows = load_dataset("json", data_files=file, split="train", cache_dir=out)
@@ -49,25 +59,30 @@ print("RESULT", json.dumps({"seconds": seconds, "tokens": tokens, "rows": len(ro
 OURS = """
 import json, sys, time
 from pathlib import Path
+import gc
+from instil.chat.certificate import certify
+from instil.chat.pairs import make_examples
 from instil.data.mixture import load_conversations
 from instil.model.locate import locate
 from instil.pack.store import publish
 from instil.prepare import chat_options, configured, open_chat, sources
-from instil.workers import certified
-file, model, out = sys.argv[1:4]
+file, model, out, template, kind = sys.argv[1:6]
 config = configured([file], model)
 folder = locate(model, need_weights=False).path
-chat = open_chat(folder, None)
+chat = open_chat(folder, template)
 options = chat_options(config, folder, chat.tokenizer)
+gc.disable()  # as workers.py does
 began = time.perf_counter()
 rows = load_conversations(sources(config))
-found = certified(rows.conversations, chat.tokenizer, chat.template, options, rows.digests, workers=1)
-publish(Path(out) / "packs", {"train": found.pairs.examples}, {"certificate": found.certificate})
+pairs = make_examples(rows.conversations, chat.tokenizer, chat.template, options)
+publish(Path(out) / "packs", {"train": pairs.examples}, {})
 seconds = time.perf_counter() - began
-assert not found.faults and not found.pairs.problems
-last = {example.origin: example for example in found.pairs.examples}
+certificate, faults = certify(pairs.examples, rows.conversations, chat.tokenizer, chat.template, rows.digests, options)
+certified_seconds = time.perf_counter() - began
+assert not faults and not pairs.problems and certificate["checked"] == len(pairs.examples)
+last = {example.origin: example for example in pairs.examples}
 tokens = sum(len(e.prompt_tokens) + len(e.answer_tokens) for e in last.values())
-print("RESULT", json.dumps({"seconds": seconds, "tokens": tokens, "rows": len(last)}))
+print("RESULT", json.dumps({"seconds": seconds, "certified_seconds": certified_seconds, "tokens": tokens, "rows": len(last)}))
 """
 
 
@@ -113,6 +128,8 @@ def main() -> None:
     for kind in ("pairs", "turns"):
         with tempfile.TemporaryDirectory() as folder:
             file = str(written(kind, rows, Path(folder)))
+            template = Path(folder) / "template.jinja"
+            template.write_text(TEMPLATE, encoding="utf-8")
             pairs = []
             for round_number in range(given.rounds):
                 order = [("ours", sys.executable, OURS), ("trl", given.trl, TRL)]
@@ -120,11 +137,16 @@ def main() -> None:
                 found = {}
                 for name, python, program in order:
                     with tempfile.TemporaryDirectory() as out:
-                        found[name] = measured(python, program, file, model, out)
-                pairs.append(found | {"ratio": found["ours"]["tokens_per_s"] / found["trl"]["tokens_per_s"]})
-                print(kind, f"ratio {pairs[-1]['ratio']:.2f}", json.dumps(found), f"load {os.getloadavg()[0]:.1f}", flush=True)
-            ratios = [pair["ratio"] for pair in pairs]
-            results[kind] = {"median_ratio": statistics.median(ratios), "worst_ratio": min(ratios), "rounds": pairs}
+                        found[name] = measured(python, program, file, model, out, str(template), kind)
+                ours, trl = found["ours"], found["trl"]
+                ratio = ours["tokens_per_s"] / trl["tokens_per_s"]
+                certified = ours["tokens"] / ours["certified_seconds"] / trl["tokens_per_s"]
+                pairs.append(found | {"ratio": ratio, "certified_ratio": certified, "load": os.getloadavg()[0]})
+                print(kind, f"ratio {ratio:.2f}, with the certificate {certified:.2f}", json.dumps(found), flush=True)
+            results[kind] = {
+                name: {"median": statistics.median(p[name] for p in pairs), "worst": min(p[name] for p in pairs)}
+                for name in ("ratio", "certified_ratio")
+            } | {"rounds": pairs}  # type: ignore[dict-item]
     cpu = next((line.partition(": ")[2].strip() for line in open("/proc/cpuinfo") if "model name" in line), "")
     record = {"machine": f"{os.cpu_count()} cores, {cpu}, {platform.python_version()}", "date": time.strftime("%Y-%m-%d"),
               "rows": len(rows), "results": results}  # fmt: skip

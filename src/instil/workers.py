@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -72,6 +74,18 @@ def certified(
         return found
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection in between: nothing here goes in circles, and looking for circles takes 7% of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def _some(
     rows: Sequence[Conversation],
     tokenizer: Tokenizer,
@@ -80,8 +94,9 @@ def _some(
     digests: Mapping[str, str],
 ) -> Certified:
     """One run of rows, in this process."""
-    pairs = pairs_of(rows, tokenizer, template, options)
-    certificate, faults = certify(pairs.examples, rows, tokenizer, template, digests, options)
+    with _uncollected():
+        pairs = pairs_of(rows, tokenizer, template, options)
+        certificate, faults = certify(pairs.examples, rows, tokenizer, template, digests, options)
     return Certified(pairs, certificate, faults)
 
 

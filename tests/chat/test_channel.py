@@ -18,7 +18,8 @@ ROW = Conversation((U("x"), A("yes"), U("y"), A("no")), "a:1")
 START, END = "<|im_start|>", "<|im_end|>"
 
 BODY = START + "{{ m.role }}\n%s{{ m.content }}" + END + "\n"
-LOOP = "{%% for m in messages %%}" + BODY + "{%% endfor %%}{%% if add_generation_prompt %%}" + START + "assistant\n%s{%% endif %%}"
+ASKED = "{%% if add_generation_prompt %%}" + START + "assistant\n%s{%% endif %%}"
+LOOP = "{%% for m in messages %%}" + BODY + "{%% endfor %%}" + ASKED
 OPEN = "<think>\n"
 REASONED = "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
 # 1: the template writes reasoning after that prompt. 2: it has a switch. 3: it looks for the end of the reasoning.
@@ -74,7 +75,8 @@ def test_switch_that_is_set_is_respected():
 
 def test_switch_that_changes_older_turns_too_is_followed():
     """Whether older turns are written with the channel does not matter: only the generation prompts are compared."""
-    source = (LOOP % ("{{ '<think>' if thinking and m.role == 'assistant' }}", "{{ '<think>' if thinking else '<think></think>' }}"))
+    older = "{{ '<think>' if thinking and m.role == 'assistant' }}"
+    source = LOOP % (older, "{{ '<think>' if thinking else '<think></think>' }}")
     before = (U("x"), A("yes"), U("y"))
     for messages in (ASK, before):
         found = channel_of(template_of(source), messages)
@@ -130,6 +132,20 @@ def test_inline_reasoning_is_not_opened_twice(tokenizer):
     pairs = make_examples([row], tokenizer, template)
     assert tokenizer.decode(pairs.examples[0].answer_tokens) == "why</think>yes" + END
     assert certify(pairs.examples, [row], tokenizer, template, {})[1] == []
+
+
+def test_channel_is_not_opened_twice(tokenizer):
+    """Where the template closes the opened channel and writes the content's own after it, the row is refused."""
+    source = LOOP % ("{{ '<think>' ~ (m.reasoning_content or '') ~ '</think>' if m.role == 'assistant' }}", "<think>")
+    rows = [ROW, Conversation((U("x"), A("<think>why</think>yes")), "a:2")]
+    pairs = make_examples(rows, tokenizer, template_of(source))
+    texts = [tokenizer.decode(example.answer_tokens) for example in pairs.examples]
+    assert texts == ["</think>yes" + END, "</think>no" + END]
+    assert [(problem.place, problem.rule) for problem in pairs.problems] == [("a:2: messages[1]", "channel-closed")]
+    assert "reasoning_content" in pairs.problems[0].remedy
+    told = Conversation((U("x"), A("yes", reasoning_content="why")), "a:2")
+    (example,) = make_examples([told], tokenizer, template_of(source)).examples
+    assert tokenizer.decode(example.answer_tokens) == "why</think>yes" + END
 
 
 def test_reasoning_after_a_closed_channel_is_refused(tokenizer):

@@ -137,7 +137,9 @@ def test_restoring_gives_the_text_back(tokenizer):
     assert END not in guarded.row.messages[0].content
     assert guarded.restore(guarded.row.messages[0].content) == row.messages[0].content
     pieces = guarded.pieces(f"<|im_start|>{guarded.row.messages[0].content}!")
-    assert pieces == [("<|im_start|>", False), (END, True), ("a", False), (START, True), ("b", False), (END, True), ("!", False)]
+    assert pieces == [
+        ("<|im_start|>", False), (END, True), ("a", False), (START, True), ("b", False), (END, True), ("!", False)
+    ]  # fmt: skip
 
 
 def test_row_that_holds_the_placeholders_is_refused(tokenizer):
@@ -163,7 +165,8 @@ def test_template_that_changes_placeholders_does_not_leak_them(tokenizer):
 
 def test_cut_placeholder_in_a_prompt_does_not_leak(tokenizer):
     """The same in a prompt, where no check of the content looks."""
-    source = CHATML.replace("{{ message.content }}", "{{ message.content[:14] if message.role == 'user' else message.content }}")
+    shown = "{{ message.content[:14] if message.role == 'user' else message.content }}"
+    source = CHATML.replace("{{ message.content }}", shown)
     row = Conversation((U(f"stop {END} here"), A("y")), "a:1")
     try:
         pairs = make_examples([Conversation((U("x"), A("y")), "a:2"), row], tokenizer, Template(source, {}, place="t"))

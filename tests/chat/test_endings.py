@@ -24,7 +24,8 @@ LATER = """{% for m in messages %}{% if m.role == 'user' and not loop.first %}<|
 {{ m.content }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 # No end at all: the server stops at the header of the next message, as in GLM.
-HEADERS = """{% for m in messages %}{{ '<|eot_id|>' if m.role == 'tool' else '<|im_end|>' if m.role == 'user' else '<|im_start|>' }}
+HEADERS = """{% set headers = {'tool': '<|eot_id|>', 'user': '<|im_end|>', 'assistant': '<|im_start|>'} %}
+{% for m in messages %}{{ headers[m.role] }}
 {{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}{% endfor %}
 {%- if add_generation_prompt %}<|im_start|>
 {% endif %}"""
@@ -163,7 +164,8 @@ def test_null_content_is_found_out_by_trying(tokenizer):
     template = template_of(source)
     assert "look_up" in tokenizer.decode(make_examples([WITH_CALL], tokenizer, template).examples[0].answer_tokens)
     assert template.null_content
-    plain = template_of(CHATML.replace("{{ message.content }}", "{{ message.content }}{{ message.tool_calls | tojson if message.tool_calls }}"))
+    shown = "{{ message.content }}{{ message.tool_calls | tojson if message.tool_calls }}"
+    plain = template_of(CHATML.replace("{{ message.content }}", shown))
     make_examples([WITH_CALL], tokenizer, plain)
     assert not plain.null_content
 
@@ -171,6 +173,7 @@ def test_null_content_is_found_out_by_trying(tokenizer):
 @pytest.mark.parametrize("times", [0, 2])
 def test_content_must_be_written_once(tokenizer, times):
     """A template that writes the assistant's content never, or twice, says where the turn ends to nobody."""
-    source = CHATML.replace("{{ message.content }}", "{{ message.content * (1 if message.role == 'user' else %d) }}" % times)
+    shown = "{{ message.content * (1 if message.role == 'user' else TIMES) }}".replace("TIMES", str(times))
+    source = CHATML.replace("{{ message.content }}", shown)
     with pytest.raises(TemplateError, match=f"content {times} times"):
         Endings(template_of(source), tokenizer)

@@ -113,7 +113,8 @@ def test_what_cannot_be_trimmed_is_dropped(tokenizer, template):
 def test_trimming_never_leaves_a_result_without_its_call(tokenizer, template):
     """Turns leave from question to question: a tool's result stays with the call that asked for it."""
     row = Conversation(
-        (U("one " * 9), A("", tool_calls=[CALL]), T("result"), A("so"), U("two"), A("", tool_calls=[CALL]), T("more"), A("end")),
+        (U("one " * 9), A("", tool_calls=[CALL]), T("result"), A("so"), U("two"), A("", tool_calls=[CALL]), T("more"),
+         A("end")),
         "a:1",
     )  # fmt: skip
     full = made(row, tokenizer, template).examples

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, trainers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "chat"))
-from chat_samples import CONTROL, SHARED, train_tokenizer
+from chat_samples import CONTROL, LINES, SHARED, train_tokenizer
 
 from instil.chat.template import Template
 from instil.chat.tokenizer import Tokenizer, load_tokenizer
@@ -49,6 +51,27 @@ def write_tokenizer(folder: Path, control: list[str]) -> Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     train_tokenizer(list(dict.fromkeys(control))).save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return load_tokenizer(folder)
+
+
+def write_sentencepiece(folder: Path, control: list[str]) -> Tokenizer:
+    """A tokenizer as Llama 2, Mistral and Phi-3 have it: pieces of characters and single bytes, and a space put before
+    each text between control tokens."""
+    names = list(dict.fromkeys(["<unk>", *control]))
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    pieces = [*names, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=len(pieces) + 150, special_tokens=pieces, show_progress=False)
+    backend.train_from_iterator(LINES * 4, trainer)
+    content = json.loads(backend.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in names]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", **SPECIAL}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return load_tokenizer(folder)
 

@@ -9,7 +9,17 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
-from real_chats import CONVERSATIONS, SPECIAL, control_tokens, probe, said, sources, template, write_tokenizer
+from real_chats import (
+    CONVERSATIONS,
+    SPECIAL,
+    control_tokens,
+    probe,
+    said,
+    sources,
+    template,
+    write_sentencepiece,
+    write_tokenizer,
+)
 
 from instil.chat.certificate import certify
 from instil.chat.pairs import Pairs, make_examples
@@ -83,12 +93,12 @@ CHANNELS: dict[tuple[str, str], str] = {
     ("StepFun3.5-Flash", "enable_thinking"): "\n</think>\n",
 }
 # What the answers of the conversation "inline" are where the prompt opens the channel that the content opens too.
-INLINE = dict.fromkeys(
-    ["deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "llama-cpp-deepseek-r1"],
-    ["R-one\n</think>\n\nA-one.", "R-two\n</think>\n\nA-two."],
-) | {"deepseek-ai-DeepSeek-R1-Distill-Qwen-32B": ["\n\nA-one.", "\n\nA-two."]}  # closed, and the template drops it
+INLINE = {
+    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B": ["R-one\n</think>\n\nA-one.", "R-two\n</think>\n\nA-two."],
+    "llama-cpp-deepseek-r1": ["R-one\n</think>\n\nA-one.", "R-two\n</think>\n\nA-two."],
+    "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B": ["\n\nA-one.", "\n\nA-two."],  # closed, and the template drops it
+}
 
-FAILS = "fails in transformers too"
 BOTH = ("tools", "two calls")
 REFUSED: dict[tuple[str, str], str] = {  # (template, conversation): part of the reason
     **{("MiroThinker", kind): "the template failed" for kind in CONVERSATIONS},
@@ -171,11 +181,11 @@ def served(
     """transformers' own rendering."""
     chat, tools, more = sent(messages, name), list(row.tools) or None, {args: True} if args else {}
     if any(message["content"] is None for message in chat):
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils
 
-        (text,), _ = render_jinja_template(
-            [chat], tools=tools, chat_template=sources()[name], add_generation_prompt=ask, **SPECIAL, **more
-        )
+        render: Any = chat_template_utils.render_jinja_template
+        found, _ = render([chat], tools=tools, chat_template=sources()[name], add_generation_prompt=ask, **SPECIAL, **more)
+        text = str(found[0])
         return theirs(text, add_special_tokens=False)["input_ids"] if tokenize else text
     found = theirs.apply_chat_template(
         chat, chat_template=sources()[name], tools=tools, add_generation_prompt=ask, tokenize=tokenize, **more
@@ -327,6 +337,27 @@ def test_one_rendering_for_all_turns_is_a_rendering_for_each(reader: Reader, kin
             assert turn.spans == slow.spans, name
         quick += maker.appends(row)
     assert quick >= (3 if row.tools else 13)  # so the quick way is really taken
+
+
+@pytest.mark.parametrize("kind", ["two turns", "edges", "reasoning", "tools"])
+def test_tokenizers_that_add_a_space_are_followed(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Pieces with a space put before each text, as in Llama 2: prompts are transformers', and the certificate agrees."""
+    monkeypatch.setattr("instil.chat.certificate.LIBRARY_EVERY", 1)  # not a sample only
+    transformers = pytest.importorskip("transformers")
+    folder, row = tmp_path_factory.mktemp("pieces"), CONVERSATIONS[kind]
+    ours = write_sentencepiece(folder, control_tokens())
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    for name, pairs in accepted(Reader("pieces", ours, theirs), kind):
+        for index, example in zip(answered(row), pairs.examples, strict=True):
+            prompt = served(theirs, name, row.messages[:index], row, ask=True, tokenize=True)
+            assert example.prompt_tokens.tolist() == prompt, f"{name}, message {index}"
+            content = row.messages[index].content.strip()
+            assert content in theirs.decode(example.answer_tokens), f"{name}, message {index}"
+        certificate, problems = certify(pairs.examples, [row], ours, template(sources()[name]), {})
+        assert problems == [], name
+        assert certificate["by_edit"] == certificate["by_library"] == len(pairs.examples), name
 
 
 def test_probe_agrees(reader: Reader) -> None:

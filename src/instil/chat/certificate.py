@@ -24,7 +24,7 @@ from instil.types import KINDS, Conversation, Example, Int32, Message
 
 REMEDY = "do not train on these examples; please report it with the row and the template"
 ROWS_AT_ONCE = 256  # rows whose tokens are spelt together
-LIBRARY_FIRST, LIBRARY_EVERY = 32, 500  # the rows whose tokens are compared with the library's own: the first, and one in
+LIBRARY_FIRST, LIBRARY_EVERY = 32, 500  # compared with the library's own tokens: the first answers of so many rows, and one in
 THOUGHT = re.compile(r".*(?:</[a-z]+>|\[/THINK\]|<channel\|>)\s*", re.DOTALL)
 
 Fault = tuple[str, str]  # (rule, what)
@@ -184,7 +184,7 @@ class _Checker:
         for example in examples:
             faults += ((example, fault) for fault in self._common_faults(row, example))
             if row.pair is None:
-                faults += ((example, fault) for fault in self._token_faults(guarded, example))
+                faults += ((example, fault) for fault in self._token_faults(guarded, example, example is examples[0]))
         return [Problem(_place(example), what, REMEDY, rule) for example, (rule, what) in faults]
 
     def _unmoved(self, example: Example) -> Example:
@@ -220,13 +220,15 @@ class _Checker:
             except InstilError:
                 continue
             texts = {number: guarded.restore(text) for number, text in texts.items()}
-            spans = walk(prompt, asked, texts)
-            if spans is not None and not told.startswith(asked):
+            if not told.startswith(asked):
                 told = self._through_channel(guarded, index, [message for message, _ in edited], target, asked)
-            lead = self._answer_lead(answer, asked, told, texts, self.maker.endings.of(row.messages[index]))
-            if spans is not None and lead is not None:
-                self.counts.by_edit += 1
-                return [], (prompt, spans, lead)
+            for read in (str, self._read):
+                asked, told = read(asked), read(told)
+                spans = walk(prompt, asked, texts)
+                lead = self._answer_lead(answer, asked, told, texts, self.maker.endings.of(row.messages[index]))
+                if spans is not None and lead is not None:
+                    self.counts.by_edit += 1
+                    return [], (prompt, spans, lead)
         return self._plainly(guarded, index, example, prompt, answer), None
 
     def _by_shape(
@@ -438,20 +440,33 @@ class _Checker:
         if not np.allclose(weights, expected, rtol=1e-4, atol=1e-9):
             yield "weights-policy", "the weights are not those of the row, the message and the kinds of tokens"
 
-    def _token_faults(self, guarded: Guarded, example: Example) -> Iterator[Fault]:
+    def _token_faults(self, guarded: Guarded, example: Example, opening: bool) -> Iterator[Fault]:
         """Whether the text is in the tokens that the server makes of it, and typed text in no control token."""
         if guarded.typed:
             yield from self._typed_faults(guarded, example)
             return
         file, _, line = example.origin.rpartition(":")
-        first = line.isdecimal() and int(line) <= LIBRARY_FIRST
+        first = opening and line.isdecimal() and int(line) <= LIBRARY_FIRST
         if first or zlib.crc32(f"{file}:{line} {example.turn}".encode()) % LIBRARY_EVERY == 0:
             self.counts.by_library += 1
-            yield from self._library_faults(example)
+            yield from self._library_faults(guarded, example)
 
-    def _library_faults(self, example: Example) -> Iterator[Fault]:
-        """Whether the library gives these ids for the text that they spell."""
-        prompt, answer = self._texts(example)
+    def _library_faults(self, guarded: Guarded, example: Example) -> Iterator[Fault]:
+        """Whether the library gives these ids for the text that they spell, or, as some tokenizers add a space to a
+        text which decoding keeps, for the text that was rendered."""
+        faults = list(self._ids_faults(example, *self._texts(example)))
+        row, index = guarded.row, self._index(guarded.row, example)
+        for before in self._contexts(row, index, example) if faults else ():
+            try:
+                turn = self.maker.slow(row, index, before)
+            except InstilError:
+                continue
+            if not any(self._ids_faults(example, turn.prompt, turn.answer)):
+                return
+        yield from faults
+
+    def _ids_faults(self, example: Example, prompt: str, answer: str) -> Iterator[Fault]:
+        """Whether the library gives these ids for these texts."""
         served, joint = self.tokenizer.encode(prompt), self.tokenizer.encode(prompt + answer)
         if served != example.prompt_tokens.tolist():
             found = _difference(example.prompt_tokens.tolist(), served)
@@ -508,6 +523,10 @@ class _Checker:
             return prompt, self._spelt(example.answer_tokens)
         both = self._spelt(np.concatenate([example.prompt_tokens, example.answer_tokens]))
         return prompt, both[len(prompt) :] if both.startswith(prompt) else self._spelt(example.answer_tokens)
+
+    def _read(self, text: str) -> str:
+        """A text as its tokens spell it: some tokenizers add a space where a text begins."""
+        return self._spelt(self.tokenizer.encode(text))
 
     def _spelt(self, tokens: Int32 | Sequence[int]) -> str:
         """The text that tokens stand for, by the bytes of each where they are known."""

@@ -71,19 +71,23 @@ def guard(row: Conversation, tokenizer: Tokenizer, policy: ControlText) -> tuple
 
 def _typed(row: Conversation, tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
     """Where the row types which control token."""
-    firsts = _firsts(tokenizer)
-    if not row.tools and not any(first in m.content or m.fields for m in row.messages for first in firsts):
-        return
+    begins = _begins(tokenizer).search
+    for message in row.messages:
+        if message.fields or begins(message.content):
+            break
+    else:
+        if not row.tools:
+            return
     for where, text in _texts(row):
-        if any(first in text for first in firsts):
+        if begins(text):
             for match in tokenizer.control_pattern.finditer(text):
                 yield where, match.group()
 
 
 @lru_cache(maxsize=8)
-def _firsts(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """What control tokens begin with: a text without any of it needs no search."""
-    return tuple({token[:2] for token in tokenizer.control_tokens if token})
+def _begins(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """What control tokens begin with: a text without any of it needs no closer look."""
+    return re.compile("|".join(sorted({re.escape(token[:2]) for token in tokenizer.control_tokens if token})) or "(?!)")
 
 
 def _texts(row: Conversation) -> Iterator[tuple[str, str]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,13 +98,16 @@ class Spelling:
         size = max(vocabulary, default=-1) + 1
         if size > _MOST_PER_TOKEN * len(vocabulary) + 100_000:
             return
-        spelt = {n: rule(text) for n, text in vocabulary.items()}
-        spelt |= {n: token.content.encode() for n, token in added.items()}
         self._known, self._lead = True, lead
         self._texts: Mapping[int, str] = vocabulary
-        self._pieces = [spelt.get(n) for n in range(size)]
-        self._lengths = np.array([len(spelt[n]) if n in spelt else -1 for n in range(size)], dtype=np.int64)
-        self._data = np.frombuffer(b"".join(spelt[n] for n in range(size) if n in spelt), dtype=np.uint8)
+        pieces: list[bytes | None] = [None] * size
+        for n, spelt in zip(vocabulary, _all(rule, list(vocabulary.values())), strict=True):
+            pieces[n] = spelt
+        for n, token in added.items():
+            pieces[n] = token.content.encode()
+        self._pieces = pieces
+        self._lengths = np.array([-1 if piece is None else len(piece) for piece in pieces], dtype=np.int64)
+        self._data = np.frombuffer(b"".join(filter(None, pieces)), dtype=np.uint8)
         held = np.maximum(self._lengths, 0)
         self._starts = np.cumsum(held) - held
 
@@ -140,6 +144,19 @@ def _rules(steps: list[dict[str, Any]]) -> tuple[Rule | None, Lead]:
 
 _BYTE_OF = {ord(char): byte for byte, char in enumerate(byte_alphabet())}
 _ALPHABET = frozenset(byte_alphabet())
+
+
+def _all(rule: Rule, texts: list[str]) -> Iterable[bytes]:
+    """How each token is spelt. A byte-level vocabulary is translated as one text, in which each character is a byte."""
+    if rule is not _byte_level:
+        return map(rule, texts)
+    plain = [text if _ALPHABET.issuperset(text) else "" for text in texts]
+    data = "".join(plain).translate(_BYTE_OF).encode("latin-1")
+    ends = list(itertools.accumulate(map(len, plain), initial=0))
+    return (
+        data[a:b] if kept else text.encode()
+        for kept, text, (a, b) in zip(plain, texts, itertools.pairwise(ends), strict=True)
+    )
 
 
 def _byte_level(text: str) -> bytes:

@@ -20,6 +20,7 @@ from instil.types import Conversation, Message
 OTHER_TEMPLATE = "use --template FILE with one that writes it, or remove the row"
 SYSTEM_REFUSED = "system-refused"
 MARKUP = re.compile(r"<[^<>]*>|\[/?THINK\]")
+OPENED = re.compile(r"(<[^<>/|]+>)\s*$")
 READS_ID = re.compile(r"\bid\b|tool_call_id")
 
 
@@ -226,7 +227,7 @@ class TurnMaker:
         if (again and between.strip()) or (found and not again and ending.token_id is None and after.strip()):
             what = f"the answer holds {ending.text!r}, which ends it, more than once: the server would stop too early"
             raise TemplateError.at(place, what, "remove it from the content", "ambiguous-terminator")
-        for problem in self._content_faults(message, body, place):
+        for problem in self._content_faults(message, prompt, body, place):
             if quick:
                 return None
             raise TemplateError(problem)
@@ -236,9 +237,13 @@ class TurnMaker:
             () if simple else tuple(spans(message, prompt, body)), channel, rendered if found else "",
         )  # fmt: skip
 
-    def _content_faults(self, message: Message, body: str, place: str) -> Iterator[Problem]:
-        """What of the message the template left out of the answer."""
+    def _content_faults(self, message: Message, prompt: str, body: str, place: str) -> Iterator[Problem]:
+        """What of the message the template left out of the answer, or wrote into a channel that the prompt opened."""
         content = message.content.strip()
+        opened = OPENED.search(prompt[-40:]) if content.startswith("<") else None
+        if opened is not None and content.startswith(opened.group(1)) and opened.group(1) in body:
+            what = f"the prompt opens the channel {opened.group(1)!r}, and the content opens it once more"
+            yield Problem(place, what, "put the reasoning into the field reasoning_content", "channel-closed")
         if content not in body:
             kept = re.split(r"</think>|\[/THINK\]|<channel\|>", content)[-1].strip()
             if kept == content or kept not in body:
