@@ -95,7 +95,10 @@ def written(kind: str, rows: list[dict[str, str]], folder: Path) -> Path:
     if kind == "pairs":
         lines = [{"prompt": pair[:1], "completion": pair[1:]} for pair in exchanges]
     else:
-        lines = [{"messages": sum(exchanges[i : i + 10], [])} for i in range(0, len(exchanges) - 9, 10)]
+        lines = [
+            {"messages": [message for pair in exchanges[i : i + 10] for message in pair]}
+            for i in range(0, len(exchanges) - 9, 10)
+        ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return file
 

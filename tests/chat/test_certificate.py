@@ -198,7 +198,9 @@ def test_typed_control_token_that_became_one_is_noticed(setting):
         assert {problem.rule for problem in problems} == {"control-token", "ambiguous-terminator"}
     (right,) = make_examples([row], tokenizer, template).examples
     assert certify([right], [row], tokenizer, template, {})[1] == []
-    served = ChatOptions(control_text="as-served")  # the user asked for control tokens, but no server goes on after this one
+    served = ChatOptions(
+        control_text="as-served"
+    )  # the user asked for control tokens, but no server goes on after this one
     _, problems = certify([example], [row], tokenizer, template, {}, served)
     assert {problem.rule for problem in problems} == {"ambiguous-terminator"}
 

@@ -24,7 +24,10 @@ OPEN = "<think>\n"
 REASONED = "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
 # 1: the template writes reasoning after that prompt. 2: it has a switch. 3: it looks for the end of the reasoning.
 WRITES = LOOP % (REASONED, OPEN)
-SWITCHED = LOOP % ("", OPEN + "{% if enable_thinking is defined and not enable_thinking %}{{ '\n</think>\n\n' }}{% endif %}")
+SWITCHED = LOOP % (
+    "",
+    OPEN + "{% if enable_thinking is defined and not enable_thinking %}{{ '\n</think>\n\n' }}{% endif %}",
+)
 SWITCHED_OFF = LOOP % ("", OPEN + "{% if not thinking %}{{ '\n</think>\n\n' }}{% endif %}")
 LOOKS = (LOOP % ("", OPEN)).replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
 NOTHING = LOOP % ("", OPEN)

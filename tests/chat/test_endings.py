@@ -100,13 +100,17 @@ def test_eos_is_chosen_among_several_stops(tokenizer):
     """Of several stops the tokenizer's EOS is the end; without it the user must say."""
     stops = ("<|eot_id|>", "</s>")
     assert Endings(template_of(NOTHING), tokenizer, stops=stops).plain.text == "</s>"
-    with pytest.raises(TemplateError, match=r"several: <\|eot_id\|>, <\|end_header_id\|>; say with chat\.terminator=TEXT"):
+    with pytest.raises(
+        TemplateError, match=r"several: <\|eot_id\|>, <\|end_header_id\|>; say with chat\.terminator=TEXT"
+    ):
         Endings(template_of(NOTHING), tokenizer, stops=("<|eot_id|>", "<|end_header_id|>"))
 
 
 def test_no_end_names_the_remedy(tokenizer):
     """A template that writes nothing after an answer, and no generation_config: refused with what to set."""
-    with pytest.raises(TemplateError, match=r"mine\.jinja: .*say with chat\.terminator=TEXT what the server stops at") as no:
+    with pytest.raises(
+        TemplateError, match=r"mine\.jinja: .*say with chat\.terminator=TEXT what the server stops at"
+    ) as no:
         Endings(template_of(NOTHING), tokenizer)
     assert no.value.problems[0].rule == "no-terminator"
 
@@ -120,7 +124,9 @@ def test_user_decides_where_the_template_does_not(tokenizer, source):
 
 def test_user_decides_between_two_ends_of_the_template(tokenizer):
     """The user's terminator may be the second of two: what stands before it is learnt too."""
-    source = CHATML.replace("<|im_end|>\n{% endfor %}", "<|im_end|>{{ '</s>' if message.role == 'assistant' }}\n{% endfor %}")
+    source = CHATML.replace(
+        "<|im_end|>\n{% endfor %}", "<|im_end|>{{ '</s>' if message.role == 'assistant' }}\n{% endfor %}"
+    )
     assert answers(source, tokenizer) == ["a<|im_end|>", "b<|im_end|>"]
     ending = Endings(template_of(source), tokenizer, asked="</s>").plain
     assert (ending.text, ending.lead, ending.appended) == ("</s>", "<|im_end|>", False)

@@ -16,7 +16,9 @@ from instil.chat.tokenizer import load_tokenizer
 from instil.chat.turns import ChatOptions
 from instil.types import KINDS, Conversation, Message, TokenPair
 
-U, A, S, T = (lambda text, role=role, **fields: Message(role, text, fields) for role in ("user", "assistant", "system", "tool"))
+U, A, S, T = (
+    lambda text, role=role, **fields: Message(role, text, fields) for role in ("user", "assistant", "system", "tool")
+)
 CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
 PLAIN = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}<|im_end|>
@@ -119,7 +121,9 @@ def test_trimming_never_leaves_a_result_without_its_call(tokenizer, template):
     )  # fmt: skip
     full = made(row, tokenizer, template).examples
     limit = computed(full[-1]) - 1
-    (example,) = [e for e in made(row, tokenizer, template, limit=limit, too_long="trim-context").examples if e.turn == 3]
+    (example,) = [
+        e for e in made(row, tokenizer, template, limit=limit, too_long="trim-context").examples if e.turn == 3
+    ]
     prompt = tokenizer.decode(example.prompt_tokens)
     assert prompt.startswith("<|im_start|>user\ntwo<|im_end|>")
     assert prompt.count('"f"') == prompt.count("<|im_start|>tool") == 1

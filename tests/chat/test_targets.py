@@ -111,7 +111,10 @@ def test_everything_learns_each_token_once(tokenizer):
     assert first.answer_tokens.tolist() == tokenizer.encode(text[: text.index("yes")] + "yes<|im_end|>")[1:]
     assert second.prompt_tokens.tolist() == ids[: 1 + len(first.answer_tokens)]
     assert [*first.answer_tokens.tolist(), *second.answer_tokens.tolist()] == ids[1:]
-    assert (first.weights.tolist(), second.weights.tolist()) == ([1.0] * len(first.weights), [1.0] * len(second.weights))
+    assert (first.weights.tolist(), second.weights.tolist()) == (
+        [1.0] * len(first.weights),
+        [1.0] * len(second.weights),
+    )
     answers = len(tokenizer.encode("yes")) + len(tokenizer.encode("no"))
     counts = np.bincount(np.concatenate([first.kinds, second.kinds]), minlength=len(KINDS)).tolist()
     assert counts == [answers, 0, 0, 2, len(ids) - 1 - answers - 2]

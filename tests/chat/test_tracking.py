@@ -20,7 +20,8 @@ BACK = {
     "previtem": HEAD + "{{ loop.previtem.role if loop.previtem }}" + TAIL,
     "first message before the loop": "{{ messages[0].role }}" + HEAD + TAIL,
     "first message in the loop": HEAD + "{{ messages[0].role }}" + TAIL,
-    "the rest after a system message": "{% set rest = messages[1:] %}{{ messages[0].content }}{% for m in rest %}" + TAIL,
+    "the rest after a system message": "{% set rest = messages[1:] %}{{ messages[0].content }}{% for m in rest %}"
+    + TAIL,
     "namespace in the loop": "{% set n = namespace(i=0) %}" + HEAD + "{% set n.i = n.i + 1 %}{{ n.i }}" + TAIL,
     "a length of something else": HEAD + "{{ m.content | length }}" + TAIL,
     "an inner loop": HEAD + "{% for c in m.content %}{{ c if loop.last }}{% endfor %}" + TAIL,
@@ -46,8 +47,16 @@ AHEAD = {
     "a filter before the loop": "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}" + HEAD + TAIL,
     "map of roles": "{{ messages | map(attribute='role') | join }}" + HEAD + TAIL,
     "a loop in the loop": HEAD + "{% for n in messages %}{{ n.role }}{% endfor %}" + TAIL,
-    "namespace after the loop": "{% set n = namespace(i=0) %}" + HEAD + "{% set n.i = loop.index %}" + TAIL + "{{ n.i }}",
-    "namespace item after the loop": "{% set n = namespace(i=0) %}" + HEAD + "{% set n.i = 1 %}" + TAIL + "{{ n['i'] }}",
+    "namespace after the loop": "{% set n = namespace(i=0) %}"
+    + HEAD
+    + "{% set n.i = loop.index %}"
+    + TAIL
+    + "{{ n.i }}",
+    "namespace item after the loop": "{% set n = namespace(i=0) %}"
+    + HEAD
+    + "{% set n.i = 1 %}"
+    + TAIL
+    + "{{ n['i'] }}",
     "message after the loop": HEAD + TAIL + "{{ messages[0].role }}",
     "membership": "{{ messages[0] in messages }}" + HEAD + TAIL,
     "tojson of all": "{{ messages | string | length }}" + HEAD + TAIL,
@@ -56,14 +65,21 @@ AHEAD = {
     "loop over a filter": "{% for m in messages | rejectattr('role', 'equalto', 'tool') %}{{ loop.last }}" + TAIL,
     "loop with a condition": "{% for m in messages if m.role != 'tool' %}" + "{{ 'last' if loop.last }}" + TAIL,
     "the switch in the loop": HEAD + "{{ 'asked' if add_generation_prompt }}" + TAIL,
-    "the switch in a macro": "{% macro shown(m) %}{{ add_generation_prompt }}{% endmacro %}" + HEAD + "{{ shown(m) }}" + TAIL,
+    "the switch in a macro": "{% macro shown(m) %}{{ add_generation_prompt }}{% endmacro %}"
+    + HEAD
+    + "{{ shown(m) }}"
+    + TAIL,
     "the loop stops": HEAD + "{% if loop.index > 4 %}{% break %}{% endif %}" + TAIL,
     "groupby": "{% for g in messages | groupby('role') %}{{ g.grouper }}{% endfor %}" + HEAD + TAIL,
     "cycled over": "{{ messages | batch(2) | list | length }}" + HEAD + TAIL,
     "sliced by filter": "{{ messages | slice(2) | list | length }}" + HEAD + TAIL,
     "a copy": "{% set all = messages + [] %}{{ all | length }}" + HEAD + TAIL,
     "a list": "{% set all = messages | list %}{{ all[-1].role }}" + HEAD + TAIL,
-    "set in the loop, read after": "{% set n = namespace(l=none) %}" + HEAD + "{% set n.l = m %}" + TAIL + "{{ n.l.content }}",
+    "set in the loop, read after": "{% set n = namespace(l=none) %}"
+    + HEAD
+    + "{% set n.l = m %}"
+    + TAIL
+    + "{{ n.l.content }}",
 }
 
 
@@ -105,6 +121,7 @@ def test_failing_template_is_left_to_the_slow_way():
 
 def test_real_templates_that_only_look_back(shared_templates):
     """Qwen2.5, SmolLM2, Kimi-K2 and Phi look back only; Qwen3, gpt-oss and GLM look for the last question."""
+
     def quick(name):
         source = (shared_templates / f"{name}.jinja").read_text(encoding="utf-8")
         return TrackedTemplate(Template(source, {"bos_token": "<s>", "eos_token": "</s>"}, place="t")).render(MESSAGES)

@@ -248,10 +248,16 @@ USERS_ONLY = "{% if message.role == 'user' %}{{ message.content }}{% endif %}"
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        (CHATML.replace("role }}", "role }}{{ ' now' if loop.last }}"), r"rewrites the prompt .* character \d+ on, ' now"),
+        (
+            CHATML.replace("role }}", "role }}{{ ' now' if loop.last }}"),
+            r"rewrites the prompt .* character \d+ on, ' now",
+        ),
         (CHATML.replace(CONTENT, USERS_ONLY), "the assistant's content 0 times"),
         (CHATML.replace(CONTENT, CONTENT * 2), "the assistant's content 2 times"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "nothing after an answer that ends it.*chat.terminator=TEXT"),
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}",
+            "nothing after an answer that ends it.*chat.terminator=TEXT",
+        ),
         (CHATML.replace(CONTENT, "<|im_end|>" + CONTENT), "more than once"),
         ("{{ bos_token }}" + LLAMA3, "the prompt begins with '<s>' twice"),
         ("{{ raise_exception('never') }}", "the template refuses these messages: never"),
@@ -436,7 +442,9 @@ fields = st.fixed_dictionaries({}, optional={
     "weight": st.sampled_from([0, 0.5, 1, 2]), "tool_calls": calls, "reasoning_content": contents,
     "name": st.text("ab", max_size=3),
 })  # fmt: skip
-messages = st.builds(Message, st.sampled_from(["system", "user", "user", "assistant", "assistant", "tool"]), contents, fields)
+messages = st.builds(
+    Message, st.sampled_from(["system", "user", "user", "assistant", "assistant", "tool"]), contents, fields
+)
 tools = st.sampled_from([(), ({"type": "function", "function": {"name": "f", "description": "a <|im_end|> b"}},)])
 
 

@@ -184,7 +184,9 @@ def served(
         from transformers.utils import chat_template_utils
 
         render: Any = chat_template_utils.render_jinja_template
-        found, _ = render([chat], tools=tools, chat_template=sources()[name], add_generation_prompt=ask, **SPECIAL, **more)
+        found, _ = render(
+            [chat], tools=tools, chat_template=sources()[name], add_generation_prompt=ask, **SPECIAL, **more
+        )
         text = str(found[0])
         return theirs(text, add_special_tokens=False)["input_ids"] if tokenize else text
     found = theirs.apply_chat_template(
@@ -295,7 +297,9 @@ def test_terminators_are_those_of_the_table(reader: Reader) -> None:
     for name, pairs in accepted(reader, "two turns"):
         assert [ending.text for ending in pairs.terminators] == [end_of(name, said("assistant", "x"), reader)], name
     for name, pairs in accepted(reader, "tools"):
-        text, call = (end_of(name, message, reader) for message in (said("assistant", ""), CONVERSATIONS["tools"].messages[1]))
+        text, call = (
+            end_of(name, message, reader) for message in (said("assistant", ""), CONVERSATIONS["tools"].messages[1])
+        )
         assert [ending.text for ending in pairs.terminators] == list(dict.fromkeys([text, call])), name
 
 

@@ -514,9 +514,7 @@ def test_planted_bug_is_noticed(own_verdicts: dict[str, tuple[int, list[str]]], 
 
 
 @pytest.mark.parametrize("name", BUGS)
-def test_planted_bug_is_noticed_with_real_templates(
-    real_verdicts: dict[str, tuple[int, list[str]]], name: str
-) -> None:
+def test_planted_bug_is_noticed_with_real_templates(real_verdicts: dict[str, tuple[int, list[str]]], name: str) -> None:
     """The same with the templates of real models."""
     count, unnoticed = real_verdicts[name]
     assert unnoticed == []

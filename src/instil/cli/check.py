@@ -23,7 +23,9 @@ def check(
     ],
     model: Annotated[str, typer.Option(help="Hub name, folder, .gguf file, or demo; weights are not needed.")],
     heldout: Annotated[str | None, typer.Option(help="File that must not share rows with DATA.")] = None,
-    template: Annotated[str | None, typer.Option(help="Chat template file (or its name) in place of the default.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Chat template file (or its name) in place of the default.")
+    ] = None,
     strict: Annotated[bool, typer.Option(help="Rows that would be dropped for what they hold are errors.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:

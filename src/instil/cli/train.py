@@ -34,7 +34,9 @@ def train(
         from instil.run import Listener
         from instil.run import train as run_train
 
-        folder = run_train(config, fresh=fresh, listener=Listener(say, step_printer(), counter("rows prepared", quiet_s=3)))
+        folder = run_train(
+            config, fresh=fresh, listener=Listener(say, step_printer(), counter("rows prepared", quiet_s=3))
+        )
         _report(folder, json)
 
 

@@ -17,7 +17,9 @@ KEEP_BYTES = 1 << 30  # free memory at the top of the heap that is kept
 HEAP_BYTES = 32 << 20  # larger blocks are mapped and given back: on the heap, blocks of changing size fragment it
 
 
-KERNELS = "128"  # that oneDNN keeps: packs have many lengths, each gets a kernel of its own of 0.6 MB, and 1,024 are kept
+KERNELS = (
+    "128"  # that oneDNN keeps: packs have many lengths, each gets a kernel of its own of 0.6 MB, and 1,024 are kept
+)
 
 
 def set_up_machine(threads: int | None) -> None:
