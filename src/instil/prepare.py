@@ -35,6 +35,7 @@ NOTES = {
     "channels_closed": "answers that begin by closing the reasoning channel which the prompt opens",
     "channels_closed_by_prompt": "answers after a prompt that closes the reasoning channel itself",
     "history_rewritten": "answers after a prompt whose older part the template writes differently once they are there",
+    "rows_with_null_content": "rows whose empty content beside tool calls is null, as the template writes no calls else",
     "rows_with_numbered_calls": "rows whose tool calls got ids, which they lacked and the template reads",
 }
 

@@ -181,7 +181,7 @@ class _Checker:
                 faults = [*((example, fault) for fault in found), *faults]
                 if example is last and spans is not None and not found:
                     shared = spans
-            if self._has_blocks and not faults:
+            if self._has_blocks and not faults and _sampled(last, True):
                 self._blocks(guarded, answered[last.turn - row.first_turn], last)
         self.counts.checked += len(examples)
         for example in examples:
@@ -448,9 +448,7 @@ class _Checker:
         if guarded.typed:
             yield from self._typed_faults(guarded, example)
             return
-        file, _, line = example.origin.rpartition(":")
-        first = opening and line.isdecimal() and int(line) <= LIBRARY_FIRST
-        if first or zlib.crc32(f"{file}:{line} {example.turn}".encode()) % LIBRARY_EVERY == 0:
+        if _sampled(example, opening):
             self.counts.by_library += 1
             yield from self._library_faults(guarded, example)
 
@@ -535,6 +533,13 @@ class _Checker:
         """The text that tokens stand for, by the bytes of each where they are known."""
         spelt = self.tokenizer.token_bytes(tokens)
         return self.tokenizer.decode(list(tokens)) if spelt is None else spelt.decode("utf-8", "replace")
+
+
+def _sampled(example: Example, opening: bool) -> bool:
+    """Whether an example is one of those that are looked at more closely; the choice depends on its origin alone."""
+    file, _, line = example.origin.rpartition(":")
+    first = opening and line.isdecimal() and int(line) <= LIBRARY_FIRST
+    return first or zlib.crc32(f"{file}:{line} {example.turn}".encode()) % LIBRARY_EVERY == 0
 
 
 def _edited(message: Message, number: int) -> tuple[Message, str | None]:

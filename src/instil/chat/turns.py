@@ -101,6 +101,8 @@ class TurnMaker:
             return [], []
         if any(message.fields.get("tool_calls") for message in row.messages):
             self.endings.look_at_calls()
+        if self.template.null_content and any(m.fields.get("tool_calls") and not m.content for m in row.messages):
+            self._note("rows_with_null_content")
         unnumbered, row = row, self.numbered(row)
         if row is not unnumbered:
             self._note("rows_with_numbered_calls")
