@@ -147,7 +147,7 @@ def test_a_measured_plan_has_a_time(place: Path, configure: Configure) -> None:
     assert found.seconds is not None
     assert 0 < found.train_seconds < found.seconds < 60
     assert found.untimed == ""
-    assert lines == ["measuring three packs with the model on this machine (--no-measure leaves it out)"]
+    assert lines == ["measuring some packs with the model on this machine (--no-measure leaves it out)"]
     assert (place / "m" / "model.safetensors").read_bytes() == before
 
 

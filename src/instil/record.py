@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,11 @@ def mix_lines(uses: Sequence[SourceUse]) -> list[str]:
     ]
 
 
-def summary(config: Config, progress: Progress, data: Prepared, seconds: float) -> dict[str, Any]:
-    """The final numbers. loss_before and loss_after: nats per target token on the held-out examples of the run."""
+def summary(
+    config: Config, progress: Progress, data: Prepared, seconds: float, expected: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The final numbers. expected: what was planned. loss_before and loss_after: nats per target token on the held-out
+    examples of the run."""
     losses = {int(step): loss for step, loss in progress.heldout.items()}
     return {
         "steps": progress.step,
@@ -127,5 +130,16 @@ def summary(config: Config, progress: Progress, data: Prepared, seconds: float) 
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "rows": data.record["rows"],
-        "account": data.record["account"],
+        "account": {**data.record["account"], "run": _run_account(progress, expected)},
+    }
+
+
+def _run_account(progress: Progress, expected: Mapping[str, Any]) -> dict[str, int]:
+    """What the steps computed: planned = computed + shared, where shared tokens are those of common prefixes, computed
+    once for several examples. Packs are not padded: there is no other token."""
+    planned = int(expected["computed_tokens"])
+    return {
+        "planned_tokens": planned,
+        "computed_tokens": progress.computed_tokens,
+        "shared_tokens": planned - progress.computed_tokens,
     }

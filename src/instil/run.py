@@ -86,7 +86,7 @@ def train(config: Config, *, fresh: bool = False, listener: Listener | None = No
             net = merged(adapted)
         stops = data.record["certificate"]["train"]["terminators"]
         export_model(net.eval(), run.model, source=model.path, template=chat.template.source, terminators=stops)
-        found = summary(config, progress, data, time.monotonic() - began)
+        found = summary(config, progress, data, time.monotonic() - began, expected)
         write_json(run.summary, {**found, "plan": compared(expected, found, read_metrics(run.metrics))})
         return write_report(run.path).parent
 
