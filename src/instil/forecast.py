@@ -50,13 +50,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # parameters, all within 9%, with oneDNN's caches limited to 128 kernels.
 OVERHEAD_BYTES = {torch.bfloat16: 300e6, torch.float32: 150e6}
 OVERHEAD_PER_ACTIVATION = 0.6
-FROZEN_SHARE = (
-    0.93  # with an adapter, of the activations of full tuning: frozen layers keep less, adapters add their own
-)
-WARM_UP_PACKS, TIMED_PACKS = (
-    2,
-    4,
-)  # the first two took 1.6 and 1.4 times as long as the others: memory is new, kernels are made
+FROZEN_SHARE = 0.93  # with an adapter, of the activations of full tuning: frozen layers keep less, adapters add theirs
+WARM_UP_PACKS = 2  # took 1.6 and 1.4 times as long as the others: memory is new, kernels are made
+TIMED_PACKS = 4
 
 
 # ── what a run does before it trains ─────────────────────────────────────────────────────────────────────────────────

@@ -213,8 +213,9 @@ def test_remote_code_is_refused_without_weights_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b/c", "", " ", "/no/such/folder", "gpt", "a\0b", "x" * 5000, "~nobody/x"])
-def test_a_name_that_is_nothing_says_so(name: str) -> None:
+def test_a_name_that_is_nothing_says_so(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "What is neither a path nor shaped like a hub name is called that, without asking the hub."
+    monkeypatch.chdir(tmp_path)
     line = refusal(name)
     assert line.startswith(f"{name!r}: neither a folder here nor a usable hub name; ")
     assert line.endswith("a hub name (org/name or org/name@revision), or demo")

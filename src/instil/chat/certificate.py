@@ -24,10 +24,8 @@ from instil.types import KINDS, Conversation, Example, Int32, Message
 
 REMEDY = "do not train on these examples; please report it with the row and the template"
 ROWS_AT_ONCE = 256  # rows whose tokens are spelt together
-LIBRARY_FIRST, LIBRARY_EVERY = (
-    32,
-    500,
-)  # compared with the library's own tokens: the first answers of so many rows, and one in
+LIBRARY_FIRST = 32  # rows whose first answer is compared with the tokenizers library's own tokens,
+LIBRARY_EVERY = 500  # and one example in so many
 THOUGHT = re.compile(r".*(?:</[a-z]+>|\[/THINK\]|<channel\|>)\s*", re.DOTALL)
 
 Fault = tuple[str, str]  # (rule, what)
