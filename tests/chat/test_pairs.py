@@ -14,6 +14,7 @@ from instil.chat.targets import Targets
 from instil.chat.template import Template
 from instil.chat.tokenizer import load_tokenizer
 from instil.chat.turns import ChatOptions
+from instil.errors import TemplateError
 from instil.types import KINDS, Conversation, Message, TokenPair
 
 U, A, S, T = (
@@ -260,3 +261,17 @@ def test_default_system_prompt_of_the_template_is_served(tokenizer):
     """What the template adds by itself is in the prompt, as on the server."""
     (example,) = made(Conversation((U("x"), A("y")), "a:1"), tokenizer, Template(CHATML, {}, place="t")).examples
     assert "You are a helpful assistant." in tokenizer.decode(example.prompt_tokens)
+
+
+def test_a_template_that_hangs_on_one_row_names_the_row(chatml, monkeypatch):
+    """A template that passes its trial and then computes for ever on a row of the user's is stopped, and says where."""
+    loops = "{% for a in range(99999) %}" * 2 + "{% endfor %}" * 2
+    slow = "{% if 'SLOW' in messages[0].content %}" + loops + "{% endif %}"
+    template = Template(slow + CHATML, {"bos_token": "<s>", "eos_token": "</s>"}, place="mine.jinja")
+    rows = [
+        Conversation((Message("user", text), Message("assistant", "ok")), f"a:{n}")
+        for n, text in enumerate(("x", "SLOW", "y"))
+    ]
+    monkeypatch.setattr("instil.chat.pairs.RENDER_LIMIT_S", 0.3)
+    with pytest.raises(TemplateError, match=r"mine\.jinja: the template used more than 0.3 s at a:1;"):
+        make_examples(rows, load_tokenizer(chatml), template)

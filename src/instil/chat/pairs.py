@@ -14,10 +14,12 @@ from instil.chat.targets import TERMINATOR, kinds_of, weigh
 from instil.chat.template import Template
 from instil.chat.tokenizer import Tokenizer
 from instil.chat.turns import ChatOptions, Turn, TurnMaker, prompt_text
+from instil.chat.vetting import time_limit
 from instil.errors import Problem, TemplateError
 from instil.types import Conversation, Example, Int32, Message
 
 ROWS_AT_ONCE = 512  # rows rendered before their texts are tokenised together,
+RENDER_LIMIT_S = 120  # of computing for that many rows; it takes a tenth of a second
 TEXT_AT_ONCE = 20_000_000  # and characters of prompts: those of a long conversation's turns add up
 
 # Refusals that say something about the template. Where they hit every row, the template is refused, not the rows.
@@ -137,19 +139,31 @@ class PairMaker:
             raise TemplateError.at(problem.place, what, problem.remedy, problem.rule) from error
 
     def add(self, rows: Sequence[Conversation], pairs: Pairs) -> None:
-        """The examples of these rows, added to `pairs`."""
+        """The examples of these rows, added to `pairs`. Raises TemplateError naming the row in which the template hangs."""
+        place, row = self.turns.template.place, rows[0]
         texts: list[tuple[Guarded, list[Turn]]] = []
         begun = size = 0
-        for at, row in enumerate(rows):
-            guarded, turns, problems = self._texts(row)
-            pairs.problems += problems
-            texts.append((guarded, [] if problems else turns))
-            if guarded.typed:
-                _count(pairs.notes, "typed_control_tokens", len(guarded.typed))
-            size += sum(len(turn.prompt) for turn in turns)
-            if size > TEXT_AT_ONCE or at + 1 == len(rows):
-                self._finish(rows[begun : at + 1], texts, pairs)
-                texts, begun, size = [], at + 1, 0
+        try:
+            with time_limit(RENDER_LIMIT_S, place):
+                for at, row in enumerate(rows):
+                    size = self._add(row, texts, size, pairs)
+                    if size > TEXT_AT_ONCE or at + 1 == len(rows):
+                        self._finish(rows[begun : at + 1], texts, pairs)
+                        texts, begun, size = [], at + 1, 0
+        except TemplateError as error:
+            problem = error.problems[0]
+            raise TemplateError.at(
+                problem.place, f"{problem.what} at {row.origin}", problem.remedy, problem.rule
+            ) from error
+
+    def _add(self, row: Conversation, texts: list[tuple[Guarded, list[Turn]]], size: int, pairs: Pairs) -> int:
+        """Render one row; returns the characters of prompts rendered so far."""
+        guarded, turns, problems = self._texts(row)
+        pairs.problems += problems
+        texts.append((guarded, [] if problems else turns))
+        if guarded.typed:
+            _count(pairs.notes, "typed_control_tokens", len(guarded.typed))
+        return size + sum(len(turn.prompt) for turn in turns)
 
     def _finish(self, rows: Sequence[Conversation], texts: Sequence[tuple[Guarded, list[Turn]]], pairs: Pairs) -> None:
         """Tokenise what was rendered."""
