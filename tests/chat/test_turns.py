@@ -479,3 +479,18 @@ def test_any_conversation_gives_certified_examples_or_problems(chatml, messages,
             prompt, both = (len(tokenizer.encode(text)) for text in (turn.prompt, turn.prompt + turn.answer))
             assert len(example.prompt_tokens) == prompt
             assert len(example.prompt_tokens) + len(example.answer_tokens) == both or pairs.merged_boundaries
+
+
+def test_reasoning_after_a_prompt_that_closes_the_channel_says_how_to_open_it(chatml):
+    """The remedy is the switch that opens the channel, not another template; without reasoning the row is fine."""
+    turn = "<think>\n{{ message.reasoning_content }}\n</think>\n\n{{ message.content }}"
+    source = CHATML.replace("{{ message.content }}", "{% if message.role == 'assistant' %}" + turn + "{% else %}"
+                            "{{ message.content }}{% endif %}").removesuffix("{% endif %}")  # fmt: skip
+    closed = template_of(source + "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}")
+    tokenizer = load_tokenizer(chatml)
+    with pytest.raises(TemplateError, match=r"closes the reasoning channel.*enable_thinking: true"):
+        make_examples(
+            [Conversation((U("x"), Message("assistant", "y", {"reasoning_content": "hm"})), "a:1")], tokenizer, closed
+        )
+    (example,) = make_examples([Conversation((U("x"), A("y")), "a:2")], tokenizer, closed).examples
+    assert tokenizer.decode(example.answer_tokens) == "y<|im_end|>"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from instil.chat.channel import Channel, find_channel
 from instil.chat.control import ControlText
 from instil.chat.endings import Endings, Terminator, call_id
-from instil.chat.targets import THOUGHT_BEGINS, Span, Targets, spans
+from instil.chat.targets import THINK, THOUGHT, THOUGHT_BEGINS, Span, Targets, spans
 from instil.chat.template import Template
 from instil.chat.tokenizer import Tokenizer
 from instil.chat.tracking import TrackedTemplate
@@ -172,6 +172,9 @@ class TurnMaker:
             rest = _after_same_message(before[-1], prompt, whole)
             found = None if rest is None else self._cut(row, index, prompt, rest, place, None, quick=True)
             if found is None:
+                closed = THOUGHT.search(prompt[-60:])
+                if closed is not None and (message.reasoning or THINK.match(message.content)):
+                    raise _channel_closed(place, closed.group().strip())
                 raise TemplateError.at(place, *_rewritten(prompt, whole), "rewrites-prompt")
             self._note("history_rewritten")
             return found
@@ -183,9 +186,7 @@ class TurnMaker:
         elif rest.startswith(channel.lead):
             rest = channel.closing + rest[len(channel.lead) :]
             if not channel.is_open and _opens(rest, channel.opening):
-                what = f"the prompt closes the reasoning channel ({channel.opening!r}) that this turn fills"
-                remedy = "set chat.template_args={enable_thinking: true}, or remove the reasoning"
-                raise TemplateError.at(place, what, remedy, "channel-closed")
+                raise _channel_closed(place, channel.opening)
         else:
             raise TemplateError.at(place, *_rewritten(prompt, whole), "rewrites-prompt")
         found = self._cut(row, index, prompt, rest, place, channel)
@@ -307,6 +308,13 @@ def _after_same_message(last: Message, prompt: str, whole: str) -> str | None:
         return None
     at = whole.rfind(end)
     return whole[at + len(end) :] if at >= 0 else None
+
+
+def _channel_closed(place: str, shown: str) -> InstilError:
+    """A turn with reasoning after a prompt that leaves no room for it."""
+    what = f"the prompt closes the reasoning channel ({shown!r}) that this turn fills"
+    remedy = "set chat.template_args={enable_thinking: true}, or remove the reasoning"
+    return TemplateError.at(place, what, remedy, "channel-closed")
 
 
 def _opens(rest: str, opening: str) -> bool:
