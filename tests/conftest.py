@@ -194,3 +194,13 @@ def assert_same() -> Callable[..., None]:
             assert error <= allowed, f"gradient of {name} is off by {error / float(gradient.norm()):.2g}"
 
     return check
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a model `m`, forty rows in `a.jsonl`, and nothing else."""
+    import tiny
+
+    tiny.write_model(tmp_path / "m")
+    tiny.write_rows(tmp_path / "a.jsonl", tiny.some_rows(40))
+    return tmp_path

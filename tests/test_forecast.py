@@ -42,14 +42,6 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A model `m` and forty rows in `a.jsonl`."""
-    tiny.write_model(tmp_path / "m")
-    tiny.write_rows(tmp_path / "a.jsonl", tiny.some_rows(40))
-    return tmp_path
-
-
-@pytest.fixture
 def configure(place: Path) -> Configure:
     def make(*words: str, **given: Any) -> Any:
         least = {"model": str(place / "m"), "data.train": [str(place / "a.jsonl")], "run.dir": str(place / "runs")}

@@ -21,14 +21,6 @@ Configure = Callable[..., Any]
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A folder with a model `m`, forty rows in `a.jsonl`, and nothing else."""
-    tiny.write_model(tmp_path / "m")
-    tiny.write_rows(tmp_path / "a.jsonl", tiny.some_rows(40))
-    return tmp_path
-
-
-@pytest.fixture
 def configure(place: Path) -> Configure:
     """A configuration for `place`, with further overrides."""
 

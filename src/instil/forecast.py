@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from instil.config import Config, flat
 from instil.data.ledger import read_ledger
-from instil.errors import InstilError, ModelError
+from instil.errors import InstilError
 from instil.folder import RunFolder, run_name
 from instil.model.adapters import add_lora
 from instil.model.head import CHUNK_BYTES
-from instil.model.load import device_named, load_model, refuse_lengths, refuse_recurrent
+from instil.model.load import device_named, load_model, read_config, refuse_lengths, refuse_recurrent
 from instil.model.locate import check_folder, locate
 from instil.model.machine import release_free_memory, set_up_machine
 from instil.model.memory import fitting_tokens
@@ -81,11 +81,7 @@ def shapes(folder: Path, config: Config, longest_tokens: int = 0) -> PreTrainedM
 
     Raises ModelError for a model that could not be trained (model/load.py) or has no config.json.
     """
-    try:
-        found = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever transformers makes of a broken folder
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError.at(folder / "config.json", f"not usable: {first}", "use a model transformers knows") from error
+    found = read_config(folder)
     refuse_recurrent(found, folder)
     refuse_lengths(found, longest_tokens, folder)
     with torch.device("meta"):

@@ -36,6 +36,9 @@ TEMPLATE_RULES = (
 )
 
 
+Rendered = tuple[Guarded, list[Turn], bool]  # a row, its turns as text, and whether it can be used
+
+
 @dataclass(frozen=True, slots=True)
 class Dropped:
     """An example that is too long to be learnt."""
@@ -141,7 +144,7 @@ class PairMaker:
     def add(self, rows: Sequence[Conversation], pairs: Pairs) -> None:
         """The examples of these rows, added to `pairs`. Raises TemplateError naming the row in which the template hangs."""
         place, row = self.turns.template.place, rows[0]
-        texts: list[tuple[Guarded, list[Turn]]] = []
+        texts: list[Rendered] = []
         begun = size = 0
         try:
             with time_limit(RENDER_LIMIT_S, place):
@@ -156,21 +159,21 @@ class PairMaker:
                 problem.place, f"{problem.what} at {row.origin}", problem.remedy, problem.rule
             ) from error
 
-    def _add(self, row: Conversation, texts: list[tuple[Guarded, list[Turn]]], size: int, pairs: Pairs) -> int:
+    def _add(self, row: Conversation, texts: list[Rendered], size: int, pairs: Pairs) -> int:
         """Render one row; returns the characters of prompts rendered so far."""
         guarded, turns, problems = self._texts(row)
         pairs.problems += problems
-        texts.append((guarded, [] if problems else turns))
+        texts.append((guarded, [] if problems else turns, not problems))
         if guarded.typed:
             _count(pairs.notes, "typed_control_tokens", len(guarded.typed))
         return size + sum(len(turn.prompt) for turn in turns)
 
-    def _finish(self, rows: Sequence[Conversation], texts: Sequence[tuple[Guarded, list[Turn]]], pairs: Pairs) -> None:
+    def _finish(self, rows: Sequence[Conversation], texts: Sequence[Rendered], pairs: Pairs) -> None:
         """Tokenise what was rendered."""
         encoded = self._encode(texts)
-        for row, (guarded, turns) in zip(rows, texts, strict=True):
+        for row, (guarded, turns, usable) in zip(rows, texts, strict=True):
             if row.pair is not None:
-                if not _pair_problems(row, self.tokenizer):
+                if usable:
                     self._keep(row, guarded, [], [_given(row)], pairs)
                 continue
             examples, problems = [], []
@@ -214,11 +217,11 @@ class PairMaker:
                     return [Problem(place, what, "remove them from the row", "control-token")]
         return []
 
-    def _encode(self, texts: Sequence[tuple[Guarded, list[Turn]]]) -> dict[str, Int32]:
+    def _encode(self, texts: Sequence[Rendered]) -> dict[str, Int32]:
         """The ids of every prompt and of every prompt with its answer, by text."""
         wanted: dict[str, None] = {}
         found: dict[str, Int32] = {}
-        for guarded, turns in texts:
+        for guarded, turns, _ in texts:
             if guarded.typed:
                 continue
             if len(turns) > 1 and all(turn.rendered for turn in turns):

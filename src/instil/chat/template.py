@@ -64,6 +64,7 @@ class Template:
         self.uses_date = False
         self.content_parts = False
         self.null_content = False
+        self._constants: list[str] | None = None
         self.digest = hashlib.sha256(source.encode()).hexdigest()
         self._compiled = self.compile(Sandbox)
         self._globals = dict(self._compiled.environment.globals)
@@ -159,8 +160,10 @@ class Template:
 
     def constants(self) -> list[str]:
         """Every string that the source holds, in order, once."""
-        found = (node.value for node in self.tree().find_all(jinja2.nodes.Const))
-        return list(dict.fromkeys(value for value in found if isinstance(value, str)))
+        if self._constants is None:
+            found = (node.value for node in self.tree().find_all(jinja2.nodes.Const))
+            self._constants = list(dict.fromkeys(value for value in found if isinstance(value, str)))
+        return self._constants
 
     def _strftime_now(self, format: str) -> str:
         self.uses_date = True

@@ -13,7 +13,7 @@ from instil.chat.endings import Endings, Terminator, call_id
 from instil.chat.targets import THINK, THOUGHT, THOUGHT_BEGINS, Span, Targets, spans
 from instil.chat.template import Template
 from instil.chat.tokenizer import Tokenizer
-from instil.chat.tracking import TrackedTemplate
+from instil.chat.tracking import tracked
 from instil.errors import InstilError, Problem, TemplateError
 from instil.types import Conversation, Message
 
@@ -85,7 +85,7 @@ class TurnMaker:
         self.options = options
         self.endings = Endings(template, tokenizer, options.terminator, options.stops)
         self.notes: dict[str, int] = {}
-        self._tracked = TrackedTemplate(template)
+        self._tracked = tracked(template)
         self._channels: dict[tuple[str, str], str | None] = {}
         self._reads_id = bool(READS_ID.search(template.source))
 

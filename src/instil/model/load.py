@@ -43,7 +43,7 @@ def load_model(
     """
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    config = _read_config(folder)
+    config = read_config(folder)
     refuse_recurrent(config, folder)
     refuse_lengths(config, longest_tokens, folder)
     try:
@@ -71,7 +71,8 @@ def load_model(
     return net
 
 
-def _read_config(folder: Path) -> Any:
+def read_config(folder: Path) -> Any:
+    """The configuration of a model folder. Raises ModelError where transformers cannot read it."""
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:

@@ -11,14 +11,13 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from instil.errors import Problem, problem_lines
 from instil.report.decoding import parts
 from instil.report.escape import visible
 from instil.report.kinds import WORDS, Account, answer_kinds, token_account
-from instil.report.page import _safe, _write_atomically
+from instil.report.page import page_environment, write_page
 from instil.report.tokens import counts
 from instil.types import KINDS, Example
 
@@ -108,7 +107,7 @@ def write_dataset(
     """
     shown = first_examples(examples) if limited else examples
     account = token_account(examples, dropped_tokens=about.dropped_tokens)
-    page = _environment().from_string(files("instil.report").joinpath("dataset.html").read_text(encoding="utf-8"))
+    page = page_environment().from_string(files("instil.report").joinpath("dataset.html").read_text(encoding="utf-8"))
     text = page.render(
         about=about,
         facts=_facts(about, examples, account),
@@ -120,7 +119,7 @@ def write_dataset(
         examples=len(examples),
         problems=problem_lines(about.problems),
     )
-    _write_atomically(file, text.encode())
+    write_page(file, text.encode())
     return len(shown)
 
 
@@ -141,11 +140,6 @@ def shares(account: Account) -> list[Share]:
             found.append(Share(kind, label, n, round(x, 3), round(width, 3)))
         x += width
     return found
-
-
-def _environment() -> Environment:
-    """Autoescape and `_safe` see every value that is no Markup, so that nothing from data is markup."""
-    return Environment(autoescape=True, undefined=StrictUndefined, finalize=_safe, trim_blocks=True, lstrip_blocks=True)
 
 
 def _facts(about: About, examples: Sequence[Example], account: Account) -> list[tuple[str, str]]:

@@ -22,32 +22,38 @@ def write_report(folder: Path) -> Path:
     Raises UsageError where `folder` is no run folder, MachineError where it cannot be read or written.
     """
     page = folder / "report.html"
-    _write_atomically(page, _render(read_evidence(folder)).encode())
+    write_page(page, _render(read_evidence(folder)).encode())
     return page
 
 
 def _render(evidence: Evidence) -> str:
-    """The page as text. Autoescape and `_safe` see every value, so that nothing from data is markup."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, finalize=_safe, trim_blocks=True, lstrip_blocks=True
-    )
+    """The page as text."""
     source = files("instil.report").joinpath("page.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render(
-        evidence=evidence,
-        version=sections.inside(evidence.manifest, "versions").get("instil", ""),
-        cards=sections.headline(evidence),
-        loss=sections.loss_panel(evidence),
-        panels=sections.small_panels(evidence),
-        bar=sections.row_bar(evidence),
-        account=sections.account(evidence),
-        imbalances=sections.imbalances(evidence),
-        rules=sections.rules(evidence),
-        learnt=sections.learnt(evidence),
-        certificates=sections.certificates(evidence),
-        digests=sections.digests(evidence),
-        machine=sections.machine(evidence),
-        config=[_setting(line) for line in evidence.config.rstrip("\n").split("\n")],
+    return (
+        page_environment()
+        .from_string(source)
+        .render(
+            evidence=evidence,
+            version=sections.inside(evidence.manifest, "versions").get("instil", ""),
+            cards=sections.headline(evidence),
+            loss=sections.loss_panel(evidence),
+            panels=sections.small_panels(evidence),
+            bar=sections.row_bar(evidence),
+            account=sections.account(evidence),
+            imbalances=sections.imbalances(evidence),
+            rules=sections.rules(evidence),
+            learnt=sections.learnt(evidence),
+            certificates=sections.certificates(evidence),
+            digests=sections.digests(evidence),
+            machine=sections.machine(evidence),
+            config=[_setting(line) for line in evidence.config.rstrip("\n").split("\n")],
+        )
     )
+
+
+def page_environment() -> Environment:
+    """Autoescape and `_safe` see every value that is no Markup, so that nothing from data is markup."""
+    return Environment(autoescape=True, undefined=StrictUndefined, finalize=_safe, trim_blocks=True, lstrip_blocks=True)
 
 
 def _safe(value: Any) -> Any:
@@ -63,7 +69,7 @@ def _setting(line: str) -> tuple[str, str]:
     return (setting, sign + comment) if sign else (line, "")
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_page(path: Path, data: bytes) -> None:
     """The file is the old one or the new one, never between."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
