@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import orjson
+import typer
 
 import instil
 from data import write
@@ -62,5 +63,8 @@ def measured(model: str, file: Path) -> instil.Evaluation:
 
 if __name__ == "__main__":
     share_cores()
-    with errors():
-        main()
+    try:
+        with errors():
+            main()
+    except typer.Exit as end:  # outside a typer command nobody else turns it into an exit code
+        sys.exit(end.exit_code)
