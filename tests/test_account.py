@@ -131,7 +131,7 @@ def check_balance(found: Books) -> None:
         assert account["prompt_tokens"] == sum(len(e.prompt_tokens) for e in examples)
         assert account["answer_tokens"] == sum(len(e.answer_tokens) for e in examples)
         assert account["cut_tokens"] == sum(e.cut_tokens for e in examples)
-        assert account["computed_tokens"] == sum(e.length_tokens for e in examples)
+        assert account["unshared_tokens"] == sum(e.length_tokens for e in examples)
         kinds = Counter(KINDS[k] for e in examples for k, w in zip(e.kinds, e.weights, strict=True) if w > 0)
         assert account["target_tokens_by_kind"] == kinds
         assert account["target_tokens"] == kinds.total() == sum(int(np.count_nonzero(e.weights)) for e in examples)

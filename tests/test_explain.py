@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
@@ -18,6 +17,7 @@ from instil.config import load_config
 from instil.errors import DataError, Stopped, UsageError
 from instil.explain import Use, explain
 from instil.train import loop
+from instil.types import Pack
 
 Seen = list[tuple[int, int, int, int, tuple[str, ...]]]  # epoch, step, pack, packs, origins in the pack
 
@@ -51,6 +51,11 @@ def configure(place: Path) -> Callable[..., Any]:
     return make
 
 
+def seen_from(pack: Pack, query: int) -> tuple[int, ...]:
+    """The tokens that an index of the pack sees; from where the last token of an answer is predicted: the example."""
+    return tuple(int(pack.tokens[k]) for k in range(query + 1) if query < pack.reach[k])
+
+
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """What each training step was given, as the step itself sees it: rows are told apart by their tokens."""
@@ -59,8 +64,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
     def spy(net: Any, optimizer: Any, batch: Any, **named: Any) -> Any:
         for number, pack in enumerate(batch.packs, start=1):
-            starts = [*[i for i, p in enumerate(pack.positions.tolist()) if p == 0], len(pack.tokens)]
-            documents = [tuple(pack.tokens[a:b].tolist()) for a, b in itertools.pairwise(starts)]
+            documents = [seen_from(pack, int(pack.at[pack.owner == i].max())) for i in pack.examples]
             found.append((batch.epoch, batch.step + 1, number, len(batch.packs), documents))  # type: ignore[arg-type]
         return step(net, optimizer, batch, **named)
 

@@ -90,6 +90,63 @@ def test_the_counts_are_those_of_the_run(
     assert found["packing_efficiency"] == summary["computed_tokens"] / (sum(packs) * found["pack_capacity_tokens"])
 
 
+SHARING = [
+    (), ("train.epochs=3",), ("train.steps=4",), ("train.batch_tokens=40",), ("adapter.rank=2", "pack.tokens=240"),
+    ("data.heldout=0", "pack.tokens=null"),
+]  # fmt: skip
+
+
+def rows_that_share() -> list[dict[str, Any]]:
+    """Three answers to each of eight prompts, conversations of up to four turns, all below a system prompt; and others."""
+    system = {"role": "system", "content": "the user says what to say and the assistant says the colour " * 2}
+    rows = [tiny.row(f"say a colour, number {i // 3}", tiny.WORDS[i % 16]) for i in range(24)]
+    for i in range(10):
+        rows.append(tiny.row(f"talk {i}", tiny.WORDS[i]))
+        for turn in range(i % 4):
+            rows[-1]["messages"] += [{"role": "user", "content": f"and {turn}"},
+                                     {"role": "assistant", "content": tiny.WORDS[(i + turn) % 16]}]  # fmt: skip
+    for row in rows:
+        row["messages"].insert(0, system)
+    return [*rows, *tiny.some_rows(8)]
+
+
+@pytest.mark.parametrize("how", SHARING, ids=" ".join)
+def test_what_prompts_share_is_planned_to_the_token(
+    how: tuple[str, ...], place: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """computed_tokens = the distinct prefixes of each pack that a step was given, unshared_tokens = its examples' lengths,
+    and summary.json has both and what is between them."""
+    tiny.write_rows(place / "a.jsonl", rows_that_share())
+    how = ("pack.tokens=400", *how)
+    found = forecast(configure(*how), measure=False).as_dict()
+    distinct: list[int] = []
+    lengths: list[int] = []
+    train_step = loop.train_step
+
+    def spy(net: Any, optimizer: Any, batch: Batch, **named: Any) -> Any:
+        for pack in batch.packs:
+            streams = [seen_from(pack, int(pack.at[pack.owner == i].max())) for i in pack.examples]
+            distinct.append(len({stream[:k] for stream in streams for k in range(1, len(stream) + 1)}))
+            lengths.append(sum(map(len, streams)))
+        return train_step(net, optimizer, batch, **named)
+
+    monkeypatch.setattr(loop, "train_step", spy)
+    run = instil.train(configure(*how))
+    summary = json.loads((run / "summary.json").read_text())
+    assert found["computed_tokens"] == summary["computed_tokens"] == sum(distinct)
+    assert found["unshared_tokens"] == sum(lengths)
+    assert summary["account"]["run"] == {
+        "unshared_tokens": sum(lengths), "computed_tokens": sum(distinct), "shared_tokens": sum(lengths) - sum(distinct),
+    }  # fmt: skip
+    assert summary["plan"]["error"]["computed_tokens"] == 0
+    assert sum(distinct) < 0.7 * sum(lengths), "the oracle must see something shared"
+
+
+def seen_from(pack: Any, query: int) -> tuple[int, ...]:
+    """The tokens that an index of a pack sees; from where the last token of an answer is predicted: the example."""
+    return tuple(int(pack.tokens[k]) for k in range(query + 1) if query < pack.reach[k])
+
+
 def test_what_was_left_open_is_told(configure: Configure) -> None:
     """The settings that a run would choose, and its config.yaml records."""
     config = configure("train.lr=null", "pack.tokens=null")
@@ -176,8 +233,8 @@ def test_flops_are_what_torch_counts(rank: int, tolerance: float, place: Path, s
     assert expected == pytest.approx(sum(found.values()), rel=tolerance or 1e-12)
 
 
-def test_attention_is_half_of_the_square(place: Path, some_examples: Any) -> None:
-    """torch counts eager attention over the whole square; a causal kernel computes half of it."""
+def test_attention_is_half_of_the_square_and_the_diagonal(place: Path, some_examples: Any) -> None:
+    """torch counts eager attention over the whole square; of n tokens, n (n + 1) / 2 pairs are looked at."""
     tiny.write_model(place / "w", **WIDE)
     config = load_config(None, ["train.precision=fp32"], {"model": str(place / "w"), "data.train": ["x"]})
     net = load_model(place / "w", dtype=torch.float32, device=CPU)
@@ -185,7 +242,7 @@ def test_attention_is_half_of_the_square(place: Path, some_examples: Any) -> Non
         found = flops_by_torch(net, [build_pack(some_examples(lengths=[(70, 31)]), [0])])
     square = sum(n for op, n in found.items() if "bmm" in op)
     costs = costs_of(shapes(place / "w", config), adapted=False)
-    assert costs.training_flops(Work(squared_tokens=100**2)) == pytest.approx(square / 2, rel=0.01)
+    assert costs.training_flops(Work(attended_pairs=100 * 101 // 2)) == pytest.approx(square / 2 * 1.01, rel=1e-6)
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -198,10 +255,11 @@ def test_flops_by_the_formula_of_the_book(rank: int, place: Path) -> None:
     ins_and_outs = [(d, d), (d, kv * h), (d, kv * h), (d, d), (d, f), (d, f), (f, d)]
     lora = layers * sum(rank * (a + b) for a, b in ins_and_outs)
     lengths, targets = np.array([100, 50]), 30
-    n, attention = lengths.sum(), 2 * heads * h * layers * (lengths**2).sum()
+    pairs = sum(n * (n + 1) // 2 for n in (100, 50))
+    n, attention = lengths.sum(), 4 * heads * h * layers * pairs
     full = n * 6 * body + 3 * attention + 6 * d * vocabulary * targets
     adapted = n * 4 * body + 3 * attention + 4 * d * vocabulary * targets + 6 * lora * n
-    work = Work(computed_tokens=150, target_tokens=targets, squared_tokens=100**2 + 50**2)
+    work = Work(computed_tokens=150, target_tokens=targets, attended_pairs=pairs)
     found = costs_of(shapes(place / "w", config), adapted=bool(rank)).training_flops(work)
     assert found == (adapted if rank else full)
 

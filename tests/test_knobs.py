@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,8 +15,10 @@ import pytest
 
 import instil
 import tiny
+from instil import compiling
 from instil.config import keys, load_config
 from instil.errors import DataError, MachineError, UsageError
+from instil.model.compiled import decoder_layers
 from instil.pack.store import open_store
 from instil.plan import loader_of
 from instil.types import KINDS, Example
@@ -498,6 +501,24 @@ def _(bench: Bench) -> None:
     losses = [[r["loss"] for r in tiny.metrics_of(r)] for r in (run, bench.base)]
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+@knob("train.compile")
+def _(bench: Bench) -> None:
+    compiled: list[bool] = []
+    real = compiling.compile_layers
+
+    def watch(net: Any, cache: Path) -> None:
+        real(net, cache)
+        compiled.append(all(layer._compiled_call_impl is not None for layer in decoder_layers(net)))
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's compiler warns of what torch does
+        patch.setattr(compiling, "compile_layers", watch)
+        run = bench.run("train.compile=true", "train.steps=2")
+    losses = [[r["loss"] for r in tiny.metrics_of(r)] for r in (run, bench.run("train.compile=false", "train.steps=2"))]
+    assert compiled == [True]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @knob("train.seed")

@@ -35,11 +35,14 @@ def store(tmp_path: Path) -> ExampleStore:
 
 
 def test_everything_open_is_chosen(store: ExampleStore) -> None:
-    """After resolving, only what has no value by nature is null: the cap on steps, the other way to give a batch."""
+    """After resolving, only what has no value by nature is null: the cap on steps, the other way to give a batch.
+
+    And what is tried on the model when there is one: train.compile."""
     full, _ = resolve(config_of(), store, FITS, "x")
     open_still = {key for key, value in flat(full.model_dump()).items() if value is None}
     assert open_still == {
-        "template", "chat.terminator", "train.steps", "train.batch_tokens", "adapter.alpha", "run.threads"
+        "template", "chat.terminator", "train.steps", "train.batch_tokens", "train.compile", "adapter.alpha",
+        "run.threads",
     }  # fmt: skip
     assert (full.train.lr, full.train.epochs, full.train.batch_examples) == (2e-5, 2, 8)
     assert (full.pack.tokens, full.run.name) == (FITS, "x")
@@ -119,7 +122,8 @@ OTHER = {
     "targets.answer": 0.5, "targets.reasoning": 0.5, "targets.tool_call": 0.5, "targets.terminator": 0.5,
     "pack.tokens": 99, "train.lr": 1.0, "train.epochs": 9, "train.steps": 9, "train.batch_examples": 9,
     "train.schedule": "linear", "train.warmup": 0.5, "train.weight_decay": 0.5, "train.clip_norm": 0.5,
-    "train.precision": "fp32", "train.seed": 5, "adapter.rank": 9, "adapter.alpha": 9.0, "adapter.targets": ["q_proj"],
+    "train.precision": "fp32", "train.compile": True,
+    "train.seed": 5, "adapter.rank": 9, "adapter.alpha": 9.0, "adapter.targets": ["q_proj"],
     "evaluate.every_steps": 9, "evaluate.examples": 9, "checkpoint.every_steps": 9, "checkpoint.every_s": 9.0,
     "checkpoint.keep": 9, "run.dir": "there", "run.name": "y", "run.device": "cpu", "run.threads": 9,
 }  # fmt: skip

@@ -18,8 +18,9 @@ from instil.types import KINDS
 def side_account(pairs: Pairs, entries: Sequence[LedgerEntry]) -> dict[str, Any]:
     """The tokens of one side: raw = prompt + answer + cut + dropped; the answer's targets by kind.
 
-    raw_tokens: of every pair that the rows make, before anything was cut or dropped. computed_tokens: what goes through
-    the model in an epoch, all but the last token of each example. target_share = target / (prompt + answer).
+    raw_tokens: of every pair that the rows make, before anything was cut or dropped. unshared_tokens: what would go
+    through the model for each example alone, all but its last token (packs share what begins alike: summary.json says).
+    target_share = target / (prompt + answer).
     """
     examples = pairs.examples
     prompt = sum(len(example.prompt_tokens) for example in examples)
@@ -44,7 +45,7 @@ def side_account(pairs: Pairs, entries: Sequence[LedgerEntry]) -> dict[str, Any]
         "target_tokens": target,
         "target_tokens_by_kind": {kind: int(n) for kind, n in zip(KINDS, kinds, strict=True) if n},
         "target_share": target / (prompt + answer) if examples else 0.0,
-        "computed_tokens": prompt + answer - len(examples),
+        "unshared_tokens": prompt + answer - len(examples),
     }
 
 

@@ -90,6 +90,9 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.0, ge=0, le=1, description="AdamW's decay of matrices, per step and unit of rate")
     clip_norm: float = Field(1.0, ge=0, description="longest gradient, as a 2-norm; 0 = off")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="of the computation; weights are kept in fp32")
+    compile: bool | None = Field(
+        None, description="layers through torch.compile; null = where a trial shows that a long run gains from it"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of the order of the data and of new weights")
 
 

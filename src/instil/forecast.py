@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from instil.data.ledger import read_ledger
 from instil.errors import InstilError
 from instil.folder import RunFolder, run_name
 from instil.model.adapters import add_lora
-from instil.model.head import CHUNK_BYTES
+from instil.model.head import BLOCK_ROWS, chunk_rows
 from instil.model.load import device_named, load_model, read_config, refuse_lengths, refuse_recurrent
 from instil.model.locate import check_folder, locate
 from instil.model.machine import release_free_memory, set_up_machine
 from instil.model.memory import fitting_tokens
+from instil.pack.bins import Indices
 from instil.pack.loader import Loader
-from instil.pack.plan import Indices
+from instil.pack.plan import computed_tokens, packs_in_order
+from instil.pack.prefixes import Prefixes
 from instil.pack.tree import build_pack
 from instil.plan import (
     SourceUse,
@@ -34,15 +37,18 @@ from instil.plan import (
     loader_of,
     source_uses,
     total_steps,
+    work_of_each,
     work_of_epoch,
-    work_of_examples,
+    work_of_packs,
     work_of_run,
 )
 from instil.prepare import Prepared, data_digests, open_chat, prepare
 from instil.resolve import resolve
-from instil.train.loss import pack_loss
+from instil.train.loss import learn
 from instil.train.optim import MasterAdamW
+from instil.types import Pack
 
+CPU = torch.device("cpu")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # Resident memory beyond the tensors of a CPU run: what oneDNN's kernels keep, and the holes that blocks of changing size
@@ -97,7 +103,7 @@ def shapes(folder: Path, config: Config, longest_tokens: int = 0) -> PreTrainedM
 @dataclass(frozen=True)
 class Costs:
     """Multiply-adds of a forward pass: body = elements of all matrices of the layers, a computed token;
-    attention = layers * heads * head width, a pair of tokens / 2; head = vocabulary * width, a target;
+    attention = layers * heads * head width, twice a pair of tokens; head = vocabulary * width, a target;
     adapter = elements of the adapter, a computed token (0 = full tuning)."""
 
     body: int
@@ -106,9 +112,9 @@ class Costs:
     adapter: int
 
     def forward_flops(self, work: Work) -> int:
-        """2 FLOP a multiply-add. Attention is causal: half of the 4 * heads * width * length^2 of the full square."""
+        """2 FLOP a multiply-add: a token costs 4 * heads * width in a layer for every token that it looks at."""
         tokens = 2 * (self.body + self.adapter) * work.computed_tokens
-        return tokens + 2 * self.attention * work.squared_tokens + 2 * self.head * work.target_tokens
+        return tokens + 4 * self.attention * work.attended_pairs + 2 * self.head * work.target_tokens
 
     def training_flops(self, work: Work) -> int:
         """Forward and backward: three times the forward, less the gradients of weights that an adapter leaves frozen."""
@@ -160,13 +166,20 @@ def saved_bytes_per_token(net: PreTrainedModel, dtype: torch.dtype) -> float:
 
 
 def activation_bytes(
-    net: PreTrainedModel, dtype: torch.dtype, pack_tokens: int, target_tokens: int, *, adapted: bool
+    net: PreTrainedModel,
+    dtype: torch.dtype,
+    pack_tokens: int,
+    target_tokens: int,
+    *,
+    adapted: bool,
+    device: torch.device = CPU,
 ) -> float:
     """Of a pack: what the layers save, a chunk of logits, and the head's gradient in float32 and in `dtype`."""
     projection: Any = net.get_output_embeddings()
     vocabulary = projection.weight.shape[0]
     saved = saved_bytes_per_token(net, dtype) * pack_tokens * (FROZEN_SHARE if adapted else 1.0)
-    logits = 1.5 * min(CHUNK_BYTES, 4 * vocabulary * target_tokens)
+    rows = min(chunk_rows(vocabulary, device), target_tokens)
+    logits = vocabulary * (dtype.itemsize * rows + 4 * 2 * (rows if device.type == "cuda" else min(rows, BLOCK_ROWS)))
     return saved + logits + (0 if adapted else projection.weight.numel() * (4 + dtype.itemsize))
 
 
@@ -179,9 +192,8 @@ def peak_memory(
     """
     config, adapted = work.config, bool(work.config.adapter.rank)
     dtype = DTYPES[config.train.precision]
-    largest = largest_pack(work.loader)
-    lengths, targets = (int(x[largest].sum()) for x in (work.data.train.lengths, work.data.train.target_tokens))
-    activations = activation_bytes(net, dtype, lengths, targets, adapted=adapted)
+    tokens, targets = most_at_once(work)
+    activations = activation_bytes(net, dtype, tokens, targets, adapted=adapted, device=device)
     weights = weight_bytes(net, dtype)
     if device.type == "cuda":
         return int(weights + activations)
@@ -191,10 +203,26 @@ def peak_memory(
     return int(resident_bytes + max(loading, training))
 
 
-def largest_pack(loader: Loader) -> Indices:
-    """The pack of the first epoch with the most computed tokens."""
-    packs = [pack for step in loader.packs(0) for pack in step]
-    return max(packs, key=lambda pack: int(loader.lengths[pack].sum()))
+LARGE_PACKS = 16  # that are looked at: the largest need not be the one with the largest part
+
+
+def most_at_once(work: Planned) -> tuple[int, int]:
+    """The tokens, and the targets among them, that are in memory together at most: of a pack, or of its trunk and a group
+    of its branches (pack/tree.py)."""
+    packs = [pack for step in work.loader.packs(0) for pack in step]
+    largest = np.argsort(-computed_tokens(work.loader.prefixes, packs), kind="stable")[:LARGE_PACKS]
+    found = []
+    for indices in (packs[i] for i in largest.tolist()):
+        pack = built(work, indices)
+        trunk = pack.cuts[0] if pack.cuts else 0
+        for a, b in pairwise(pack.cuts or (0, len(pack.tokens))):
+            found.append((trunk + b - a, int(((pack.at >= a) & (pack.at < b)).sum())))
+    return max(found)
+
+
+def built(work: Planned, indices: Indices) -> Pack:
+    """The pack of some examples, as the loader makes it."""
+    return build_pack([work.data.train[int(e)] for e in indices], indices.tolist(), work.loader.plan.limit_tokens)
 
 
 def resident_bytes() -> int:
@@ -234,20 +262,21 @@ def measured_pace(work: Planned, folder: Path, costs: Costs, device: torch.devic
     paces, updates = [], []
     for i in range(WARM_UP_PACKS + TIMED_PACKS):
         indices = packs[i % len(packs)]
-        pack = build_pack([work.data.train[int(e)] for e in indices], indices.tolist())
-        start = _now(device)
+        pack = built(work, indices)
+        start = now(device)
         optimizer.zero()
-        pack_loss(net, pack, float(pack.weight.sum())).share.backward()
-        middle = _now(device)
+        learn(net, pack, float(pack.weight.sum()))
+        middle = now(device)
         optimizer.grad_norm()
-        optimizer.update(lr=0.0, grad_scale=1.0)
+        optimizer.update(lr=0.0)
         if i >= WARM_UP_PACKS:
-            paces.append(costs.training_flops(work_of_examples(work.data.train, indices)) / (middle - start))
-            updates.append(_now(device) - middle)
+            paces.append(costs.training_flops(work_of_packs(work.data.train, [indices])) / (middle - start))
+            updates.append(now(device) - middle)
     return Pace(statistics.median(paces), statistics.median(updates), load_s)
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """A clock, read when the device has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -288,7 +317,8 @@ class Forecast:
         return {
             "rows": self.rows, "examples": self.once.examples, "prompt_tokens": self.once.prompt_tokens,
             "answer_tokens": self.once.answer_tokens, "target_tokens": self.run.target_tokens,
-            "computed_tokens": self.run.computed_tokens, "packs": self.run.packs, "steps": self.run.steps,
+            "computed_tokens": self.run.computed_tokens, "unshared_tokens": self.run.unshared_tokens,
+            "packs": self.run.packs, "steps": self.run.steps,
             "packing_efficiency": self.packing_efficiency, "pack_capacity_tokens": self.capacity_tokens,
             "flops": self.flops, "peak_memory_bytes": self.peak_memory_bytes, "seconds": self.seconds,
             "train_seconds": self.train_seconds, "untimed": self.untimed, "epoch": asdict(self.epoch),
@@ -299,7 +329,7 @@ class Forecast:
     @property
     def packing_efficiency(self) -> float:
         """Computed tokens of what the packs of the run could hold."""
-        return self.run.computed_tokens / (self.run.packs * self.capacity_tokens)
+        return self.run.computed_tokens / self.run.room_tokens
 
 
 def forecast(config: Config, *, measure: bool = True, say: Callable[[str], None] = lambda line: None) -> Forecast:
@@ -362,7 +392,7 @@ def _forecast(
     chosen = {key: value for key, value in now.items() if then.get(key) is None and value is not None}
     return Forecast(
         rows=rows, heldout_examples=0 if heldout is None else len(heldout),
-        once=work_of_examples(train, np.arange(len(train))), epoch=work_of_epoch(loader, train, 0), run=whole,
+        once=work_of_each(train), epoch=work_of_epoch(loader, train, 0), run=whole,
         capacity_tokens=loader.plan.capacity_tokens, flops=flops, peak_memory_bytes=memory, train_seconds=train_s,
         seconds=seconds, untimed=untimed, mix=source_uses(work.config, loader, train), chosen=chosen,
         ledger=work.data.record["rows"],
@@ -374,7 +404,8 @@ def _heldout_flops(work: Planned, costs: Costs) -> int:
     if work.data.heldout is None:
         return 0
     n = min(work.config.evaluate.examples, len(work.data.heldout))
-    once = work_of_examples(work.data.heldout, np.arange(n))
+    prefixes = Prefixes.of([work.data.heldout[i] for i in range(n)])
+    once = work_of_packs(work.data.heldout, packs_in_order(prefixes, work.config.pack.tokens or 1))
     return measuring_passes(work.config.evaluate.every_steps or work.steps, work.steps) * costs.forward_flops(once)
 
 
@@ -389,7 +420,7 @@ def predicted(work: Planned, memory_bytes: int) -> dict[str, Any]:
     whole = work_of_run(work.loader, work.data.train, work.steps)
     return {
         "steps": work.steps, "target_tokens": whole.target_tokens, "computed_tokens": whole.computed_tokens,
-        "peak_memory_bytes": memory_bytes,
+        "unshared_tokens": whole.unshared_tokens, "peak_memory_bytes": memory_bytes,
     }  # fmt: skip
 
 

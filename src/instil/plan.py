@@ -11,9 +11,10 @@ import numpy as np
 from instil.config import Config
 from instil.data.spec import SourceSpec
 from instil.errors import Problem, UsageError
+from instil.pack.bins import Indices
 from instil.pack.loader import Loader
 from instil.pack.mix import Mix, Mixed, SourceShare, epoch_examples, least_examples, realised
-from instil.pack.plan import Indices, StepPlan, plan_steps
+from instil.pack.plan import StepPlan, attended_pairs, computed_tokens, plan_steps
 from instil.pack.store import ExampleStore
 from instil.prepare import sources
 
@@ -57,7 +58,8 @@ def step_plan(config: Config, train: ExampleStore, mixed: Mixed | None) -> StepP
             raise UsageError.at("data.train", what, "raise them: a repeat of 1 is every row once an epoch")
     examples_per_target = len(chosen) / int(train.target_tokens[chosen].sum())
     batch = t.batch_tokens * examples_per_target if t.batch_tokens else float(t.batch_examples or 1)
-    return plan_steps(train.lengths[chosen], batch, limit or int(train.lengths.max()), least)
+    limit = limit or int(train.lengths.max())
+    return plan_steps(train.prefixes, batch, limit, chosen=chosen, most_steps=least, seed=t.seed)
 
 
 def total_steps(config: Config, plan: StepPlan) -> int:
@@ -69,14 +71,16 @@ def total_steps(config: Config, plan: StepPlan) -> int:
 def loader_of(config: Config, train: ExampleStore) -> Loader:
     """The loader of a run with a resolved configuration."""
     mixed = mixed_of(config, train)
-    return Loader(train, train.lengths, step_plan(config, train, mixed), config.train.seed, mixed)
+    return Loader(train, train.prefixes, step_plan(config, train, mixed), config.train.seed, mixed)
 
 
 @dataclass(frozen=True)
 class Work:
     """What some steps train on, summed over their packs: an example counts as often as it is used.
 
-    squared_tokens = sum of the squared lengths of the examples, for the cost of attention.
+    unshared_tokens = what would be computed without sharing prefixes, the lengths of the examples; computed_tokens = what
+    is: the distinct prefixes of each pack; room_tokens = what the packs could hold: their capacity, or their tokens where
+    one is larger; attended_pairs = how often a token looks at a token, for the cost of attention.
     """
 
     steps: int = 0
@@ -85,38 +89,49 @@ class Work:
     prompt_tokens: int = 0
     answer_tokens: int = 0
     target_tokens: int = 0
+    unshared_tokens: int = 0
     computed_tokens: int = 0
-    squared_tokens: int = 0
+    attended_pairs: int = 0
+    room_tokens: int = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
 
 
-def work_of_examples(train: ExampleStore, indices: Indices, *, steps: int = 0, packs: int = 0) -> Work:
-    """The sums over the examples at `indices` (with repetition)."""
-    lengths = train.lengths[indices].astype(np.int64)
+def work_of_packs(train: ExampleStore, packs: Sequence[Indices], *, steps: int = 0, capacity_tokens: int = 0) -> Work:
+    """The sums over packs, each given as indices of examples (with repetition)."""
+    indices = np.concatenate([*packs, np.zeros(0, np.int64)]).astype(np.int64)
+    counts = train.prompt_tokens, train.answer_tokens, train.target_tokens, train.lengths
+    prompt, answer, target, length = (int(each[indices].sum()) for each in counts)
+    computed, pairs = computed_tokens(train.prefixes, packs), attended_pairs(train.prefixes, packs)
+    room = int(np.maximum(computed, capacity_tokens).sum())
     return Work(
-        steps=steps, packs=packs, examples=len(indices), prompt_tokens=int(train.prompt_tokens[indices].sum()),
-        answer_tokens=int(train.answer_tokens[indices].sum()), target_tokens=int(train.target_tokens[indices].sum()),
-        computed_tokens=int(lengths.sum()), squared_tokens=int((lengths**2).sum()),
-    )  # fmt: skip
+        steps, len(packs), len(indices), prompt, answer, target, length, int(computed.sum()), int(pairs.sum()), room
+    )
+
+
+def work_of_each(train: ExampleStore) -> Work:
+    """The sums over all examples, each once and computed by itself."""
+    n = len(train)
+    counts = train.prompt_tokens, train.answer_tokens, train.target_tokens, train.lengths
+    prompt, answer, target, length = (int(each.sum()) for each in counts)
+    pairs = int((train.lengths * (train.lengths + 1) // 2).sum())
+    return Work(0, 0, n, prompt, answer, target, length, length, pairs)
 
 
 def work_of_epoch(loader: Loader, train: ExampleStore, epoch: int, steps: int | None = None) -> Work:
     """The sums over the first `steps` steps of an epoch (None = all of it)."""
     dealt = loader.packs(epoch)[:steps]
     packs = [pack for step in dealt for pack in step]
-    return work_of_examples(train, np.concatenate(packs), steps=len(dealt), packs=len(packs))
+    return work_of_packs(train, packs, steps=len(dealt), capacity_tokens=loader.plan.capacity_tokens)
 
 
 def work_of_run(loader: Loader, train: ExampleStore, steps: int) -> Work:
-    """The sums over all steps of a run. Whole epochs without a mix are alike: one is counted for all."""
-    each = loader.plan.steps_per_epoch
-    whole, rest = divmod(steps, each)
+    """The sums over all steps of a run. Epochs differ in what their packs share; those without sharing or a mix do not."""
+    whole, rest = divmod(steps, loader.plan.steps_per_epoch)
     total = Work()
-    if loader.mixed is None and whole:
-        first = astuple(work_of_epoch(loader, train, 0))
-        total = Work(*(whole * n for n in first))
+    if loader.mixed is None and whole and not train.prefixes.common.any():
+        total = Work(*(whole * n for n in astuple(work_of_epoch(loader, train, 0))))
     else:
         for epoch in range(whole):
             total += work_of_epoch(loader, train, epoch)

@@ -135,11 +135,11 @@ def summary(
 
 
 def _run_account(progress: Progress, expected: Mapping[str, Any]) -> dict[str, int]:
-    """What the steps computed: planned = computed + shared, where shared tokens are those of common prefixes, computed
-    once for several examples. Packs are not padded: there is no other token."""
-    planned = int(expected["computed_tokens"])
+    """What the steps computed: unshared = computed + shared, where shared tokens are those of common prefixes, computed
+    once for several examples of a pack. Packs are not padded: there is no other token."""
+    unshared = int(expected["unshared_tokens"])
     return {
-        "planned_tokens": planned,
+        "unshared_tokens": unshared,
         "computed_tokens": progress.computed_tokens,
-        "shared_tokens": planned - progress.computed_tokens,
+        "shared_tokens": unshared - progress.computed_tokens,
     }

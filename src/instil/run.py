@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from instil.compiling import settled
 from instil.config import Config
 from instil.evaluate.likelihood import answer_loss
 from instil.folder import RunFolder, append_metrics, claim, keep_metrics_through, read_metrics, write_json
@@ -67,7 +68,7 @@ def train(config: Config, *, fresh: bool = False, listener: Listener | None = No
         )  # fmt: skip
         adapted = add_lora(net, config.adapter, model.name, config.train.seed) if config.adapter.rank else None
         optimizer = MasterAdamW(net, dtype=dtype, weight_decay=config.train.weight_decay)
-        work = planned(config, data, net, device, run.path.name)
+        work = settled(planned(config, data, net, device, run.path.name), net, optimizer, tell.say)
         config, steps = work.config, work.steps
         expected = predicted(work, peak_memory(work, net, device, resident_bytes=resident))
         write_record(run, config, what, data, net)

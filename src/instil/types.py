@@ -105,6 +105,8 @@ class Pack:
     look at it: query q attends to key k exactly when k <= q < reach[k].
     Triples (at [m], target [m], weight [m]): the hidden state at `at` should predict `target`, counted `weight` times.
     owner [m] = which of `examples` (indices into the epoch's examples) the triple belongs to.
+    cuts: of a pack that is too large to be computed at once: its first cuts[0] tokens, the trunk, which all examples begin
+    with, are computed first, then each range between neighbouring cuts with them; () = at once.
     """
 
     tokens: Int32
@@ -115,6 +117,7 @@ class Pack:
     weight: Float32
     owner: Int32
     examples: tuple[int, ...]
+    cuts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,3 +138,10 @@ class Batch:
     def computed_tokens(self) -> int:
         """Tokens that go through the model."""
         return sum(len(pack.tokens) for pack in self.packs)
+
+
+def common_tokens(a: Int32, b: Int32) -> int:
+    """How many first tokens of two sequences are the same."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n

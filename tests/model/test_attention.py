@@ -1,8 +1,9 @@
-"""A pack's layout is read rightly, and what a backend cannot isolate exactly it refuses in words."""
+"""What a model asks of its attention is handed to the right kernel, and what no kernel does exactly is refused in words."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,77 +13,100 @@ from torch import nn
 from transformers import AttentionInterface
 
 from instil.errors import ModelError
-from instil.model.attention import BACKENDS, Layout, _through_interface, attention, dense, layout_of, loop
+from instil.model.attention import (
+    BACKENDS,
+    Layout,
+    Rule,
+    _through_interface,
+    attention,
+    best,
+    dense,
+    kernel_for,
+    layout_of,
+)
+from instil.model.kernels import FlashCPU, Matmul, Varlen
 from instil.model.load import hidden_states
 from instil.pack.tree import build_pack
-from instil.types import Pack
+from tries import pack_of_paths
 
 CPU = torch.device("cpu")
-
-
-def pack_of(positions: list[int], reach: list[int]) -> Pack:
-    none = np.zeros(0, np.int32)
-    tokens, p, r = (np.array(x, np.int32) for x in (positions, positions, reach))
-    return Pack(tokens, p, r, none, none, none.astype(np.float32), none, ())
-
-
-def test_documents_are_bounded_where_positions_restart() -> None:
-    """Three documents of 2, 1 and 3 tokens."""
-    layout = layout_of(pack_of([0, 1, 0, 0, 1, 2], [2, 2, 3, 6, 6, 6]), CPU)
-    assert layout.bounds == (0, 2, 3, 6)
-    assert layout.reach.tolist() == [2, 2, 3, 6, 6, 6]
-    assert layout.reach.dtype == torch.int64
-
-
-@pytest.mark.parametrize(
-    ("positions", "reach"),
-    [
-        ([0, 1, 2, 2], [4, 4, 3, 4]),  # two branches after a shared prefix
-        ([0, 1, 0, 1], [2, 1, 4, 4]),  # a token nobody may look at
-        ([0, 1, 0, 1], [4, 4, 4, 4]),  # the second document sees the first
-    ],
-)
-def test_a_pack_with_branches_has_no_bounds(positions: list[int], reach: list[int]) -> None:
-    """Only documents that all reach their end, and not further, can be computed one by one."""
-    assert layout_of(pack_of(positions, reach), CPU).bounds == ()
+DOCUMENTS = layout_of(pack_of_paths([[1, 2], [3, 4, 5, 6, 7]]), CPU)
+TREE = layout_of(pack_of_paths([[1, 2, 3], [1, 2, 4, 5, 6, 7]]), CPU)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("backend", [loop, dense])
-def test_attention_is_the_textbooks(backend: Any, groups: int) -> None:
-    """softmax(scale * q k') v over k <= q < reach[k], written out query by query in float64; heads shared by groups."""
+@pytest.mark.parametrize("backend", [best, dense])
+@pytest.mark.parametrize("layout", [DOCUMENTS, TREE], ids=["documents", "tree"])
+@pytest.mark.parametrize(
+    "rule", [Rule(0.4), Rule(0.4, window=2), Rule(0.4, cap=0.5), Rule(0.4, sinks=torch.tensor([0.1, -1.0, 2.0, 0.5]))]
+)
+def test_attention_is_the_textbooks(backend: Any, groups: int, layout: Layout, rule: Rule) -> None:
+    """Written out query by query in float64: softmax over the keys that it sees (and a sink), times their values."""
     torch.manual_seed(2)
-    n, heads, bounds = 9, 4, (0, 4, 5, 9)
-    reach = np.repeat(bounds[1:], np.diff(bounds))
+    n, heads = 7, 4
+    reach, positions = layout.reach.numpy(), layout.positions.numpy()
     q, k, v = torch.randn(1, heads, n, 8), *(torch.randn(1, heads // groups, n, 8) for _ in range(2))
-    found = backend(q, k, v, Layout(torch.tensor(reach), bounds), 0.4)
+    found = backend(q, k, v, layout, rule)
     assert found.shape == (1, heads, n, 8)
     for head in range(heads):
         keys, values = k[0, head // groups].double().numpy(), v[0, head // groups].double().numpy()
         for i in range(n):
-            seen = [j for j in range(n) if j <= i < reach[j]]
+            seen = [j for j in range(n) if j <= i < reach[j] and positions[i] - positions[j] < (rule.window or n)]
             logits = np.array([0.4 * q[0, head, i].double().numpy() @ keys[j] for j in seen])
-            p = np.exp(logits - logits.max())
-            expected = (p / p.sum()) @ values[seen]
+            if rule.cap:
+                logits = rule.cap * np.tanh(logits / rule.cap)
+            sink = 0.0 if rule.sinks is None else np.exp(float(rule.sinks[head]))
+            expected = np.exp(logits) @ values[seen] / (np.exp(logits).sum() + sink)
             np.testing.assert_allclose(found[0, head, i].numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_loop_refuses_a_tree() -> None:
-    """A pack with branches has no documents to go through."""
-    q = torch.zeros(1, 2, 4, 8)
-    with pytest.raises(ValueError, match="use dense"):
-        loop(q, q, q, Layout(torch.tensor([4, 4, 3, 4]), ()), 1.0)
+# --- which kernel
+
+
+def tensor(device: str, dtype: torch.dtype = torch.bfloat16, width: int = 64) -> Any:
+    return SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 4, 7, width))
+
+
+@pytest.mark.parametrize(
+    ("query", "layout", "rule", "expected"),
+    [
+        (tensor("cpu"), TREE, Rule(1.0, window=2), FlashCPU()),
+        (tensor("cpu", torch.float64), TREE, Rule(1.0), FlashCPU()),
+        (tensor("cpu"), TREE, Rule(1.0, cap=2.0), Matmul(2.0)),
+        (tensor("mps"), TREE, Rule(1.0), Matmul()),
+        (tensor("cuda:0"), TREE, Rule(1.0), Varlen()),
+        (tensor("cuda:0", width=256), TREE, Rule(1.0, window=6), Varlen()),  # cuts nothing
+        (tensor("cuda:0"), DOCUMENTS, Rule(1.0, window=2), Varlen()),
+        (tensor("cuda:0"), TREE, Rule(1.0, window=2), None),
+        (tensor("cuda:0"), TREE, Rule(1.0, cap=2.0), None),
+        (tensor("cuda:0", torch.float32), DOCUMENTS, Rule(1.0), None),
+        (tensor("cuda:0", width=288), DOCUMENTS, Rule(1.0), None),
+    ],
+)
+def test_each_device_and_rule_has_its_kernel(
+    query: Any, layout: Layout, rule: Rule, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None is FlexAttention."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert kernel_for(query, query, layout, rule) == expected
+
+
+def test_flash_attention_needs_a_device_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Ampere there is none."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert kernel_for(tensor("cuda:0"), tensor("cuda:0"), DOCUMENTS, Rule(1.0)) is None
 
 
 # --- through transformers' interface
 
 
-def call(backend: Any = loop, *, module: nn.Module | None = None, **options: Any) -> Any:
+def call(
+    backend: Any = best, *, module: nn.Module | None = None, mask: Any = None, keys: int = 7, **options: Any
+) -> Any:
     """As a model with documents of 2 and 5 tokens would call its attention."""
-    q, k = torch.randn(1, 4, 7, 8), torch.randn(1, 2, 7, 8)
-    layout = Layout(torch.tensor([2, 2, 7, 7, 7, 7, 7]), (0, 2, 7))
-    given = {"instil_layout": layout, "scaling": 0.5} | options
-    return _through_interface(backend)(module or nn.Identity(), q, k, k, None, **given)
+    q, k = torch.randn(1, 4, 7, 8), torch.randn(1, 2, keys, 8)
+    given = {"instil_layout": DOCUMENTS, "scaling": 0.5} | options
+    return _through_interface(backend)(module or nn.Identity(), q, k, k, mask, **given)
 
 
 def refusal(**options: Any) -> str:
@@ -93,6 +117,18 @@ def refusal(**options: Any) -> str:
     return line
 
 
+def rule_of(**options: Any) -> Rule:
+    """The rule that a backend is given."""
+    seen: list[Rule] = []
+
+    def watching(query: Any, key: Any, value: Any, layout: Layout, rule: Rule) -> Any:
+        seen.append(rule)
+        return best(query, key, value, layout, rule)
+
+    call(watching, **options)
+    return seen[0]
+
+
 def test_the_interface_gives_tokens_before_heads() -> None:
     """[1, n, H, D], as transformers wants it, and no attention weights."""
     out, attention_weights = call()
@@ -100,59 +136,57 @@ def test_the_interface_gives_tokens_before_heads() -> None:
     assert attention_weights is None
 
 
-def test_a_window_shorter_than_a_document_is_refused() -> None:
-    """The line says the window and the length; pack.tokens is what to change."""
-    line = refusal(sliding_window=4)
-    assert "window of 4 tokens" in line
-    assert "has 5" in line
-    assert "set pack.tokens to at most 4" in line
+def test_the_interface_hands_the_models_wishes_on() -> None:
+    """Without a scale from the model it is 1 / sqrt(D); the reference is torch's default."""
+    sinks = torch.zeros(4)
+    assert rule_of(scaling=0.125) == Rule(0.125)
+    assert rule_of(scaling=None) == Rule(8**-0.5)
+    assert rule_of(sliding_window=4, softcap=50.0) == Rule(0.5, window=4, cap=50.0)
+    assert rule_of(s_aux=sinks).sinks is sinks
 
 
-def test_a_window_kept_in_the_module_is_refused_too() -> None:
-    """Some models hand it over, others keep it in the layer."""
+def test_a_window_kept_in_the_module_counts_where_none_is_handed_over() -> None:
+    """Some models hand it over, None for layers without; others keep it in the layer."""
     module = nn.Identity()
     module.sliding_window = 4  # type: ignore[assignment]
-    assert "window of 4 tokens" in refusal(module=module)
-
-
-def test_a_window_as_long_as_the_longest_document_is_accepted() -> None:
-    """It cuts nothing, although the pack of 7 is longer."""
-    call(sliding_window=5)
-
-
-def test_a_window_counts_the_whole_of_a_tree() -> None:
-    """Where there are no bounds, the pack's length is the only safe one."""
-    tree = Layout(torch.tensor([7, 7, 7, 5, 5, 7, 7]), ())
-    assert "has 7" in refusal(backend=dense, instil_layout=tree, sliding_window=6)
+    assert rule_of(module=module).window == 4
+    assert rule_of(module=module, sliding_window=None).window is None
 
 
 @pytest.mark.parametrize(
-    ("option", "what"), [("softcap", "attention soft-capping"), ("s_aux", "attention sinks"), ("dropout", "dropout")]
+    ("options", "what"),
+    [
+        ({"dropout": 0.1}, "attention dropout"),
+        ({"position_bias": torch.zeros(1)}, "position biases"),
+        ({"indices": torch.zeros(1)}, "selected tokens"),
+        ({"block_indices": torch.zeros(1)}, "selected blocks"),
+        ({"mask": torch.zeros(1, 1, 7, 7)}, "an attention mask of its own"),
+        ({"keys": 9}, "other tokens than those of the pack"),
+        ({"is_causal": False}, "look at later ones"),
+        ({"instil_layout": None}, "does not hand the pack's layout"),
+    ],
 )
-def test_what_cannot_be_isolated_exactly_is_refused(option: str, what: str) -> None:
+def test_what_cannot_be_done_exactly_is_refused(options: dict[str, Any], what: str) -> None:
     """Each by its name."""
-    assert what in refusal(**{option: 0.1})
+    assert what in refusal(**options)
 
 
-def test_a_model_that_does_not_pass_the_layout_on_is_refused() -> None:
-    """Without the layout its attention would see the whole pack."""
-    assert "does not hand the pack's layout" in refusal(instil_layout=None)
+def test_a_module_that_looks_both_ways_is_refused() -> None:
+    """Where it says so itself."""
+    module = nn.Identity()
+    module.is_causal = False  # type: ignore[assignment]
+    assert "look at later ones" in refusal(module=module)
 
 
-def test_a_model_with_a_short_window_is_refused_when_a_document_is_longer(tiny: Any, some_examples: Any) -> None:
-    """Mistral with a window of 8: documents of 8 pass and equal full attention, one of 9 is refused."""
+def test_a_window_shorter_than_a_document_is_cut(tiny: Any, some_examples: Any) -> None:
+    """Mistral with a window of 8: a document of 8 equals full attention, of one of 9 the last token does not."""
     net, unlimited = tiny("mistral", sliding_window=8), tiny("mistral", sliding_window=None)
     fits = build_pack(some_examples(lengths=[(4, 5), (6, 3)]), [0, 1])
     torch.testing.assert_close(hidden_states(net, fits), hidden_states(unlimited, fits), rtol=0, atol=0)
-    with pytest.raises(ModelError, match="window of 8 tokens, and an example has 9"):
-        hidden_states(net, build_pack(some_examples(lengths=[(4, 5), (7, 3)]), [0, 1]))
-
-
-def test_a_model_with_capped_attention_is_refused(tiny: Any, some_examples: Any) -> None:
-    """Gemma 2, by its own configuration."""
-    pack = build_pack(some_examples(2), [0, 1])
-    with pytest.raises(ModelError, match="attention soft-capping"):
-        hidden_states(tiny("gemma2", attn_logit_softcapping=50.0), pack)
+    longer = build_pack(some_examples(lengths=[(7, 3)]), [0])
+    cut, whole = hidden_states(net, longer).detach(), hidden_states(unlimited, longer).detach()
+    torch.testing.assert_close(cut[:8], whole[:8], rtol=1e-5, atol=1e-5)
+    assert float((cut[8] - whole[8]).norm()) > 1e-3
 
 
 def test_a_model_in_training_with_attention_dropout_is_refused(tiny: Any, some_examples: Any) -> None:
@@ -162,21 +196,16 @@ def test_a_model_in_training_with_attention_dropout_is_refused(tiny: Any, some_e
         hidden_states(net, build_pack(some_examples(2), [0, 1]))
 
 
-def test_the_interface_hands_the_scale_on(tiny: Any, some_examples: Any) -> None:
-    """Without one from the model it is 1 / sqrt(D); the reference is torch's default."""
-    seen: list[float] = []
-
-    def watching(query: Any, key: Any, value: Any, layout: Layout, scale: float) -> Any:
-        seen.append(scale)
-        return loop(query, key, value, layout, scale)
-
-    call(watching, scaling=0.125)
-    call(watching, scaling=None)
-    assert seen == [0.125, 8**-0.5]
+def test_a_pack_that_is_no_tree_is_refused(tiny: Any, some_examples: Any) -> None:
+    """A whole model meets the refusal of the layout."""
+    pack = build_pack(some_examples(2), [0, 1])
+    with pytest.raises(ValueError, match="not a tree"):
+        hidden_states(tiny(), replace(pack, reach=np.full_like(pack.reach, len(pack.tokens) + 1)))
 
 
 def test_every_backend_is_registered_under_its_name() -> None:
     """transformers finds each as instil_<name>."""
+    assert {"loop", "dense"} <= set(BACKENDS)
     for name in BACKENDS:
         assert f"instil_{name}" in AttentionInterface().valid_keys()
 
@@ -191,9 +220,34 @@ def test_another_attention_lasts_only_for_a_while(tiny: Any) -> None:
     assert net.config._attn_implementation == "instil_loop"
 
 
-def test_loop_on_a_models_tree_is_refused(tiny: Any, some_examples: Any) -> None:
-    """A whole model meets the same refusal."""
-    pack = build_pack(some_examples(2), [0, 1])
-    tree = replace(pack, reach=np.full_like(pack.reach, len(pack.tokens)))
-    with pytest.raises(ValueError, match="use dense"):
-        hidden_states(tiny(), tree)
+def test_a_model_that_torchs_attention_cannot_serve_gets_its_own(tiny: Any) -> None:
+    """torch's would leave out the soft cap of Gemma 2."""
+    net = tiny("gemma2")
+    with attention(net, "sdpa"):
+        assert net.config._attn_implementation == "eager"
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at it
+def test_compiled_layers_leave_attention_alone(tiny: Any, some_examples: Any) -> None:
+    """A compiled layer gives the same, forward and backward, and no graph holds a part of attention."""
+    net = tiny()
+    packs = [build_pack(some_examples(lengths=sizes), range(2)) for sizes in ([(3, 4), (5, 2)], [(6, 1), (2, 3)])]
+
+    def results(pack: Any) -> list[torch.Tensor]:
+        hidden = hidden_states(net, pack)
+        return [hidden.detach(), *torch.autograd.grad(hidden.square().sum(), list(net.model.layers.parameters()))]
+
+    expected = [results(pack) for pack in packs]
+    names: set[str] = set()
+
+    def record(graph: Any, inputs: Any) -> Any:
+        names.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    for layer in net.model.layers:
+        layer.compile(backend=record, dynamic=True)
+    for pack, before in zip(packs, expected, strict=True):
+        torch.testing.assert_close(results(pack), before)
+    assert any("silu" in name for name in names)
+    assert not any("flash" in name or "softmax" in name or "logsumexp" in name for name in names)
+    torch.compiler.reset()

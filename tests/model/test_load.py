@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from architectures import architecture
 from instil.errors import InstilError, MachineError, ModelError
-from instil.model.attention import Layout, _through_interface, loop
+from instil.model.attention import Layout, Rule, _through_interface, best
 from instil.model.head import Head
+from instil.model.layout import Segment
 from instil.model.load import (
     device_named,
     hidden_states,
     load_model,
     probe_isolation,
+    probe_window,
     refuse_lengths,
     refuse_recurrent,
 )
@@ -143,17 +147,33 @@ def test_pure_attention_models_are_not_refused(name: str) -> None:
 # --- the probe
 
 
-def leaky(query: Any, key: Any, value: Any, layout: Layout, scale: float) -> Any:
+def leaky(query: Any, key: Any, value: Any, layout: Layout, rule: Rule) -> Any:
     """The planted fault: attention over the whole pack."""
-    return loop(query, key, value, Layout(layout.reach, (0, query.shape[2])), scale)
+    n = query.shape[2]
+    one = Segment(0, n, n, 0, 0)
+    return best(query, key, value, Layout(layout.reach, layout.positions, (one,), n), rule)
 
 
-def unscaled(query: Any, key: Any, value: Any, layout: Layout, scale: float) -> Any:
+def branchless(query: Any, key: Any, value: Any, layout: Layout, rule: Rule) -> Any:
+    """The planted fault: documents are isolated, but whatever is below a shared prefix is one run of tokens."""
+    kept: list[Segment] = []
+    for s in layout.segments:
+        kept += [replace(s, stop=s.reach)] if s.level == 0 else []
+    return best(query, key, value, Layout(layout.reach, layout.positions, tuple(kept), query.shape[2]), rule)
+
+
+def unscaled(query: Any, key: Any, value: Any, layout: Layout, rule: Rule) -> Any:
     """The planted fault: isolated, but not the model's own attention."""
-    return loop(query, key, value, layout, 3 * scale)
+    return best(query, key, value, layout, replace(rule, scale=3 * rule.scale))
 
 
-for _fault in (leaky, unscaled):
+def forgets_prefix(query: Any, key: Any, value: Any, layout: Layout, rule: Rule) -> Any:
+    """The planted fault: a branch does not see what it goes on from."""
+    alone = tuple(replace(s, reach=s.stop) for s in layout.segments)
+    return best(query, key, value, Layout(layout.reach, layout.positions, alone, layout.longest_tokens), rule)
+
+
+for _fault in (leaky, branchless, unscaled, forgets_prefix):
     AttentionInterface.register(f"instil_test_{_fault.__name__}", _through_interface(_fault))
 
 
@@ -175,11 +195,53 @@ def test_the_probe_catches_a_leak(kind: str, tiny: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_probe_catches_a_leak_between_branches(kind: str, tiny: Any) -> None:
+    """Documents are isolated there; only the branches of one see each other."""
+    line = line_of(ModelError, probe_isolation, tiny(kind, attention="instil_test_branchless"), "m")
+    assert "leaks between the branches of a shared prefix" in line
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_probe_catches_a_branch_without_its_prefix(kind: str, tiny: Any) -> None:
+    """A model that cannot be treated as a tree is refused before training."""
+    line = line_of(ModelError, probe_isolation, tiny(kind, attention="instil_test_forgets_prefix"), "m")
+    assert "logits in branches of a shared prefix differ from the model's own" in line
+
+
 def test_the_probe_catches_another_attention(tiny: Any) -> None:
     """Isolated but with another scale: the logits are not the model's own."""
     assert "differ from the model's own" in line_of(
         ModelError, probe_isolation, tiny(attention="instil_test_unscaled"), "m"
     )
+
+
+@pytest.mark.parametrize("name", ["Mistral, window", "Gemma 2, window and soft caps", "Gemma 3, window"])
+def test_the_probe_passes_a_window_that_attention_is_told_of(name: str) -> None:
+    """And leaves it as wide as it was."""
+    net = architecture(name, sliding_window=8)
+    windows = [getattr(m, "sliding_window", None) for m in net.modules()]
+    probe_window(net, "m", 9)
+    assert net.config.sliding_window == 8
+    assert [getattr(m, "sliding_window", None) for m in net.modules()] == windows
+
+
+def test_the_probe_catches_a_window_that_attention_is_not_told_of() -> None:
+    """Phi-3.5-MoE's model masks by its window, and its layers hand none over; shorter examples do not meet it."""
+    net = architecture("Phi-3.5-MoE, window", sliding_window=8)
+    probe_window(net, "m", 8)
+    line = line_of(ModelError, probe_window, net, "m", 9)
+    assert "does not tell its attention of its window of 8 tokens" in line
+    assert "set pack.tokens to at most 8" in line
+    assert net.config.sliding_window == 8
+
+
+def test_the_probe_catches_a_window_that_is_off_by_one(tiny: Any) -> None:
+    """What a layer hands over and what the model masks by must be the same number."""
+    net = tiny("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    probe_window(net, "m", 9)
+    net.model.layers[1].self_attn.sliding_window = 9
+    assert "does not tell" in line_of(ModelError, probe_window, net, "m", 9)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +297,6 @@ def limited(**fields: Any) -> Any:
 @pytest.mark.parametrize(
     ("config", "what"),
     [
-        (AutoConfig.for_model("mistral", sliding_window=16), "a sliding window at 16 tokens"),
         (limited(attention_chunk_size=16), "attention chunks at 16 tokens"),
         (
             AutoConfig.for_model(
@@ -260,14 +321,19 @@ def limited(**fields: Any) -> Any:
             "dynamic positions",
         ),
     ],
-    ids=["window", "chunks", "longrope", "dynamic"],
+    ids=["chunks", "longrope", "dynamic"],
 )
 def test_examples_longer_than_a_limit_of_the_model_are_refused_before_training(config: Any, what: str) -> None:
-    """Windows, chunks and frequencies that change with the longest document: refused from one token beyond."""
+    """Chunks and frequencies that change with the longest document: refused from one token beyond."""
     refuse_lengths(config, 16, "here")
     line = line_of(ModelError, refuse_lengths, config, 17, "here")
     assert what in line
     assert "set pack.tokens to at most 16" in line
+
+
+def test_a_window_is_no_limit() -> None:
+    """It is cut exactly."""
+    refuse_lengths(AutoConfig.for_model("mistral", sliding_window=16), 1 << 20, "here")
 
 
 def test_plain_and_scaled_positions_have_no_limit() -> None:

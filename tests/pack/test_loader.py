@@ -5,18 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
+from instil.pack.bins import shuffled
 from instil.pack.loader import Loader
-from instil.pack.plan import plan_steps, shuffled
+from instil.pack.plan import plan_steps
+from instil.pack.prefixes import Prefixes
 from instil.pack.store import ExampleStore, write_examples
 from instil.types import Batch, Example
 
 
 def loader(examples: Any, seed: int = 3, batch: float = 5) -> Loader:
-    lengths = np.array([e.length_tokens for e in examples])
-    return Loader(examples, lengths, plan_steps(lengths, batch, 30), seed)
+    prefixes = Prefixes.of(examples)
+    return Loader(examples, prefixes, plan_steps(prefixes, batch, 30), seed)
 
 
 def content(batch: Batch) -> tuple[Any, ...]:
@@ -77,6 +78,6 @@ def test_a_store_on_disk_gives_the_batches_of_a_list_in_memory(tmp_path: Path, s
     examples = some_examples(40, weighted=True)
     write_examples(tmp_path / "train.arrow", examples)
     stored = ExampleStore(tmp_path / "train.arrow")
-    memory, disk = loader(examples), Loader(stored, stored.lengths, loader(examples).plan, 3)
+    memory, disk = loader(examples), Loader(stored, Prefixes.of(stored), loader(examples).plan, 3)
     for k in range(2 * memory.plan.steps_per_epoch):
         assert content(memory.batch(k)) == content(disk.batch(k))

@@ -15,6 +15,7 @@ from instil.errors import UsageError
 from instil.pack.loader import Loader
 from instil.pack.mix import Mix, Mixed, epoch_examples, least_examples, passes, realised
 from instil.pack.plan import StepPlan, epoch_packs, plan_steps
+from instil.pack.prefixes import Prefixes
 
 small = settings(max_examples=60, deadline=None, derandomize=True)
 # (target tokens, source) of each example, three sources; and the sources' repeats as exact tenths
@@ -171,9 +172,11 @@ def test_repeats_of_one_change_nothing(examples: list[tuple[int, int]], seed: in
     tokens, source = arrays(examples)
     chosen = epoch_examples(tokens, source, Mix(repeats=(1.0, 1.0, 1.0)), seed, epoch)
     assert chosen.tolist() == list(range(len(tokens)))
-    plan = plan_steps(tokens, 4, 60)
+    prefixes = Prefixes.none(tokens)
+    plan = plan_steps(prefixes, 4, 60)
     plain, mixed = (
-        [[pack.tolist() for pack in step] for step in epoch_packs(tokens, plan, seed, epoch, c)] for c in (None, chosen)
+        [[pack.tolist() for pack in step] for step in epoch_packs(prefixes, plan, seed, epoch, c)]
+        for c in (None, chosen)
     )
     assert mixed == plain
 
@@ -198,9 +201,10 @@ def test_no_step_of_a_mixed_run_is_empty(
     assert least == min(map(len, epochs))
     if not least:
         return
-    plan = plan_steps(tokens[epochs[0]], batch, limit, least)
+    prefixes = Prefixes.none(tokens)
+    plan = plan_steps(prefixes, batch, limit, chosen=epochs[0], most_steps=least)
     for k, chosen in enumerate(epochs):
-        steps = epoch_packs(tokens, plan, seed, k, chosen)
+        steps = epoch_packs(prefixes, plan, seed, k, chosen)
         assert len(steps) == plan.steps_per_epoch
         assert all(steps)
         assert Counter(int(i) for packs in steps for pack in packs for i in pack) == Counter(chosen.tolist())
@@ -211,18 +215,18 @@ def test_no_step_of_a_mixed_run_is_empty(
 def test_more_steps_than_examples_are_refused() -> None:
     """A plan that was made without the smallest epoch is a bug of ours, and says so."""
     with pytest.raises(ValueError, match="3 steps need as many examples, and the epoch has 2"):
-        epoch_packs(np.full(4, 10), StepPlan(10, 4, 3), 0, 0, np.array([1, 2]))
+        epoch_packs(Prefixes.none(np.full(4, 10)), StepPlan(10, 4, 3, 1.3, 10), 0, 0, np.array([1, 2]))
 
 
 def test_a_loader_trains_on_the_mix(some_examples: Any) -> None:
     """Its batches hold every example as often as the epochs' choice says, and weigh what they hold."""
     examples = some_examples(30, weighted=True)
     tokens = np.array([int((e.weights > 0).sum()) for e in examples])
-    lengths = np.array([e.length_tokens for e in examples])
+    prefixes = Prefixes.of(examples)
     mixed = Mixed(tokens, np.arange(30) % 3, Mix(repeats=(0.5, 1.0, 2.5)))
     chosen = [epoch_examples(tokens, mixed.source, mixed.mix, 4, k) for k in range(3)]
-    plan = plan_steps(lengths[chosen[0]], 4, 40, min(map(len, chosen)))
-    loader = Loader(examples, lengths, plan, 4, mixed)
+    plan = plan_steps(prefixes, 4, 40, chosen=chosen[0], most_steps=min(map(len, chosen)))
+    loader = Loader(examples, prefixes, plan, 4, mixed)
     for k in (2, 0, 1):
         batches = [loader.batch(k * plan.steps_per_epoch + i) for i in range(plan.steps_per_epoch)]
         inside = [i for b in batches for p in b.packs for i in p.examples]

@@ -11,7 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from instil.pack.plan import StepPlan, epoch_packs, plan_packs, plan_steps, shuffled
+from instil.pack.bins import plan_packs, shuffled
+from instil.pack.plan import StepPlan, computed_tokens, epoch_packs, packs_in_order, plan_steps
+from instil.pack.prefixes import Prefixes
+from instil.pack.tree import build_pack
+from instil.types import Example
 
 small = settings(max_examples=60, deadline=None, derandomize=True)
 length_lists = st.lists(st.integers(1, 30), min_size=1, max_size=40)
@@ -117,11 +121,12 @@ def test_a_capacity_below_one_token_is_refused() -> None:
 def test_a_step_holds_the_batch_that_was_asked_for(batch: int, limit: int) -> None:
     """On average, within 2%, in packs that fit the machine and are 99% full."""
     lengths = lognormal(6000, 1500)
-    plan = plan_steps(lengths, batch, limit)
-    assert plan.steps_per_epoch == round(6000 / batch)
+    plan = plan_steps(Prefixes.none(lengths), batch, limit)
+    assert abs(plan.steps_per_epoch - 6000 / batch) <= 1
     assert 6000 / plan.steps_per_epoch == pytest.approx(batch, rel=0.02)
     assert plan.capacity_tokens <= limit
-    assert plan.packs_per_epoch == len(plan_packs(lengths, plan.capacity_tokens, np.arange(6000)))
+    for epoch in range(2):
+        assert sum(map(len, epoch_packs(Prefixes.none(lengths), plan, 0, epoch))) == plan.packs_per_epoch
     assert lengths.sum() / (plan.packs_per_epoch * plan.capacity_tokens) > 0.99
 
 
@@ -131,18 +136,39 @@ def test_an_epoch_deals_every_example_into_steps_of_which_none_is_empty(
     lengths: list[int], batch: int, limit: int, seed: int, epoch: int
 ) -> None:
     """For any lengths, batch size and machine."""
-    plan = plan_steps(np.array(lengths), batch, limit)
-    steps = epoch_packs(np.array(lengths), plan, seed, epoch)
+    plan = plan_steps(Prefixes.none(np.array(lengths)), batch, limit)
+    steps = epoch_packs(Prefixes.none(np.array(lengths)), plan, seed, epoch)
     assert len(steps) == plan.steps_per_epoch
     assert all(steps)
     assert sum(map(len, steps)) == plan.packs_per_epoch
     assert Counter(int(i) for packs in steps for pack in packs for i in pack) == Counter(range(len(lengths)))
 
 
+@pytest.mark.parametrize(("batch", "limit"), [(8, 2048), (64, 4096), (128, 8192), (512, 16384)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_without_sharing_the_packs_of_an_epoch_are_999_permille_full(batch: int, limit: int, seed: int) -> None:
+    """Of 6,000 conversations through plan and steps, at any batch and machine: 99.9% of the positions are tokens."""
+    lengths = lognormal(6000, 600, seed)
+    prefixes = Prefixes.none(lengths)
+    plan = plan_steps(prefixes, batch, limit, seed=seed)
+    for epoch in range(2):
+        packs = [pack for step in epoch_packs(prefixes, plan, seed, epoch) for pack in step]
+        assert lengths.sum() / (len(packs) * plan.capacity_tokens) >= 0.999
+
+
 def test_packs_are_dealt_evenly() -> None:
-    """No step has two packs more than another: 7 packs over 3 steps are 2, 3 and 2."""
-    steps = epoch_packs(np.full(7, 10), StepPlan(10, 7, 3), 0, 0)
-    assert [len(packs) for packs in steps] == [2, 3, 2]
+    """No step has two packs more than another: 7 packs over 3 steps are 2, 2 and 3."""
+    steps = epoch_packs(Prefixes.none(np.full(7, 10)), StepPlan(10, 7, 3, 2.3, 10), 0, 0)
+    assert sorted(len(packs) for packs in steps) == [2, 2, 3]
+
+
+def test_the_packs_of_a_step_hold_as_many_examples_as_those_of_another() -> None:
+    """12 packs of 1 example of 12 tokens, 12 packs of 12 of 1 token: each step has two of a kind, 26 examples."""
+    lengths = np.array([12] * 12 + [1] * 144)
+    for epoch in range(3):
+        steps = epoch_packs(Prefixes.none(lengths), StepPlan(12, 24, 6, 26, 12), 0, epoch)
+        assert [sum(map(len, packs)) for packs in steps] == [26] * 6
+        assert [len(packs) for packs in steps] == [4] * 6
 
 
 def as_lists(steps: list[list[Any]]) -> list[list[list[int]]]:
@@ -152,19 +178,59 @@ def as_lists(steps: list[list[Any]]) -> list[list[list[int]]]:
 def test_an_epoch_is_a_pure_function_of_seed_and_epoch() -> None:
     """The same seed and epoch give the same steps, another epoch or seed gives others."""
     lengths = lognormal(300, 900)
-    plan = plan_steps(lengths, 8, 4096)
-    first = as_lists(epoch_packs(lengths, plan, 1, 0))
-    assert first == as_lists(epoch_packs(lengths, plan, 1, 0))
-    others = [as_lists(epoch_packs(lengths, plan, seed, epoch)) for seed, epoch in ((1, 1), (1, 2), (2, 0), (0, 1))]
-    assert all(first != other for other in others)
+    plan = plan_steps(Prefixes.none(lengths), 8, 4096)
+    first = as_lists(epoch_packs(Prefixes.none(lengths), plan, 1, 0))
+    assert first == as_lists(epoch_packs(Prefixes.none(lengths), plan, 1, 0))
+    for key in ((1, 1), (1, 2), (2, 0), (0, 1)):
+        assert first != as_lists(epoch_packs(Prefixes.none(lengths), plan, *key))
 
 
 def test_the_order_of_packs_differs_from_epoch_to_epoch() -> None:
     """Also where no two packs could be mixed up: 40 examples, each a pack and a step of its own."""
-    lengths = np.arange(40) + 100
-    orders = [[int(p[0]) for (p,) in epoch_packs(lengths, StepPlan(1, 40, 40), 9, epoch)] for epoch in range(6)]
+    prefixes, plan = Prefixes.none(np.arange(40) + 100), StepPlan(1, 40, 40, 1, 1)
+    orders = [[int(p[0]) for (p,) in epoch_packs(prefixes, plan, 9, epoch)] for epoch in range(6)]
     assert len({tuple(order) for order in orders}) == 6
     assert all(order != sorted(order) for order in orders)
+
+
+# --- in order
+
+
+def check_in_order(examples: list[Example], capacity: int) -> None:
+    """Each example once, none but what adds nothing in a pack above the capacity, and as much shared as any cut allows."""
+    prefixes = Prefixes.of(examples)
+    packs = packs_in_order(prefixes, capacity)
+    assert Counter(int(i) for pack in packs for i in pack) == Counter(range(len(examples)))
+    sizes = [len(build_pack([examples[i] for i in pack], pack.tolist()).tokens) for pack in packs]
+    assert sizes == computed_tokens(prefixes, packs).tolist()
+    for pack, size in zip(packs, sizes, strict=True):
+        assert size <= capacity or size == max(examples[i].length_tokens for i in pack)
+    trie = int(prefixes.trie_tokens(np.arange(len(examples)), np.zeros(len(examples), np.int64), 1)[0])
+    cut = sum(int(prefixes.common[prefixes.rank[pack].min()]) for pack in packs)  # what each cut computes again
+    assert sum(sizes) == trie + cut
+
+
+@small
+@given(st.integers(1, 60), st.integers(1, 200))
+def test_in_order_every_example_is_in_one_pack(n: int, capacity: int) -> None:
+    """For any capacity, also below the longest example."""
+    check_in_order(shared(n), capacity)
+
+
+def test_in_order_nearly_everything_is_shared() -> None:
+    """Of 2,000 examples, what is computed is within 2% of the trie of all, and a fifth less than without sharing."""
+    examples = shared(2000)
+    prefixes = Prefixes.of(examples)
+    found = int(computed_tokens(prefixes, packs_in_order(prefixes, 2048)).sum())
+    streams = [(*e.prompt_tokens.tolist(), *e.answer_tokens[:-1].tolist()) for e in examples]
+    trie = len({stream[: k + 1] for stream in streams for k in range(len(stream))})
+    assert trie <= found <= 1.02 * trie
+    assert found < 0.8 * prefixes.lengths.sum()
+
+
+def test_in_order_one_example_is_one_pack() -> None:
+    """Whatever the capacity."""
+    assert [pack.tolist() for pack in packs_in_order(Prefixes.none(np.array([7])), 3)] == [[0]]
 
 
 # --- the permutation
@@ -206,15 +272,40 @@ def test_neighbouring_keys_give_unrelated_permutations() -> None:
     assert len({tuple(shuffled(30, key).tolist()) for key in keys}) == len(keys)
 
 
-def test_the_order_of_a_run_is_that_of_the_first_release() -> None:
-    """A digest of three epochs, taken from version 0.1.0 before sources could be mixed: old runs resume on their packs."""
-    lengths = np.arange(200) * 37 % 91 + 5
-    plan = plan_steps(lengths, 8, 300)
+def shared(n: int) -> list[Example]:
+    """n examples: below one of three headers of 30 tokens, or of none; some are answers to one prompt, some turns."""
+    rng = np.random.default_rng(3)
+    headers = [rng.integers(0, 50, 30).tolist() for _ in range(3)] + [[]]
+    found = []
+    for i in range(n):
+        prompt = [*headers[i % 4], *([7, i % 40] if i % 3 else [8, i]), 9]
+        answer = rng.integers(0, 50, int(rng.integers(1, 40)))
+        found.append(Example(np.array(prompt, np.int32), answer.astype(np.int32), np.ones(len(answer), np.float32),
+                             f"x.jsonl:{i // 2 if i % 5 == 0 else i}", 0))  # fmt: skip
+    return found
+
+
+def digest_of(prefixes: Prefixes, plan: StepPlan) -> str:
+    """Of three epochs, example by example."""
     digest = hashlib.sha256()
     for epoch in range(3):
-        for step in epoch_packs(lengths, plan, 11, epoch):
+        for step in epoch_packs(prefixes, plan, 11, epoch):
             for pack in step:
                 digest.update(repr(pack.tolist()).encode())
             digest.update(b";")
-    assert plan == StepPlan(199, 50, 25)
-    assert digest.hexdigest() == "e3cf2b21653f204cc61ec10957d179820d6ef59a0fddd4b18e86bb2484d141b8"
+    return digest.hexdigest()
+
+
+def test_the_order_of_a_run_never_changes_unnoticed() -> None:
+    """Digests of three epochs, with and without sharing. A change of packing changes them: a run that an earlier version
+    began would then resume on other packs, so that is to be decided, and said in CHANGELOG.md, not to happen."""
+    plain = Prefixes.none(np.arange(200) * 37 % 91 + 5)
+    plan = plan_steps(plain, 8, 300)
+    assert (plan, digest_of(plain, plan)) == (
+        StepPlan(200, 50, 25, 8, 300), "1510ef5b09e31c6447ab689ed884088bd988525a26ddcfca03bd00283aba8eda",
+    )  # fmt: skip
+    alike = Prefixes.of(shared(200))
+    plan = plan_steps(alike, 8, 300)
+    assert (plan, digest_of(alike, plan)) == (
+        StepPlan(280, 25, 25, 8, 300), "6160649b4e20d8cc2d033441c32b0b9d3cb20456a11b862a96ced0e20f71bdf5",
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +12,35 @@ import pyarrow as pa
 import pytest
 
 from instil.pack import store
-from instil.pack.store import ExampleStore, open_store, publish, store_key, write_examples
+from instil.pack.prefixes import Prefixes
+from instil.pack.store import ExampleStore, open_store, publish, store_key, write_examples, write_prefixes
 from instil.types import Example
 
 
-def same(a: Example, b: Example) -> bool:
+def content(example: Example) -> tuple[Any, ...]:
+    """Every field, comparable."""
+    arrays = (example.prompt_tokens, example.answer_tokens, example.weights, example.kinds)
     return (
-        a.prompt_tokens.tolist() == b.prompt_tokens.tolist()
-        and a.answer_tokens.tolist() == b.answer_tokens.tolist()
-        and a.weights.tolist() == b.weights.tolist()
-        and (a.origin, a.turn, a.task) == (b.origin, b.turn, b.task)
+        *((a.tolist(), a.dtype) for a in arrays),
+        (example.origin, example.turn, example.task, example.cut_tokens, example.source),
     )
+
+
+def same(a: Example, b: Example) -> bool:
+    return content(a) == content(b)
 
 
 @pytest.fixture
 def examples(some_examples: Any) -> list[Example]:
     found = some_examples(20, weighted=True)
     odd = found[3]
-    return [
-        *found,
-        Example(odd.prompt_tokens, odd.answer_tokens, odd.weights, "dir/ä file.jsonl:7", turn=3, task="sums/日本"),
-    ]
+    kinds = np.arange(len(odd.answer_tokens)).astype(np.int8) % 3
+    words = {"origin": "dir/ä file.jsonl:7", "turn": 3, "task": "sums/日本"}
+    return [*found, replace(odd, **words, kinds=kinds, cut_tokens=12, source=2)]
 
 
 def test_examples_come_back_as_they_were(tmp_path: Path, examples: list[Example]) -> None:
-    """Tokens, weights to the bit, origin, turn and task; the numbers keep their 32 bits."""
+    """Tokens, weights to the bit, and every other field; the numbers keep their bits."""
     write_examples(tmp_path / "a.arrow", examples)
     found = ExampleStore(tmp_path / "a.arrow")
     assert len(found) == 21
@@ -76,8 +81,8 @@ def test_an_empty_side_is_empty(tmp_path: Path, examples: list[Example]) -> None
 
 def test_opening_does_not_read_the_tokens_into_memory(tmp_path: Path, make_example: Any) -> None:
     """A store of 8 MB is mapped: Arrow allocates nothing of that size, and the tokens are views of the file."""
-    long = make_example(np.arange(200_000), np.arange(200_000))
-    write_examples(tmp_path / "a.arrow", [long] * 5)
+    examples = [make_example(np.arange(200_000), np.arange(200_000) + i) for i in range(5)]
+    write_examples(tmp_path / "a.arrow", examples)
     size = (tmp_path / "a.arrow").stat().st_size
     assert size > 8_000_000
     before = pa.total_allocated_bytes()
@@ -88,6 +93,97 @@ def test_opening_does_not_read_the_tokens_into_memory(tmp_path: Path, make_examp
     assert not tokens.flags.writeable
     assert any("a.arrow" in line for line in Path("/proc/self/maps").read_text().splitlines())
     assert tokens.tolist() == list(range(200_000))
+
+
+# ── what is stored once ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def conversation(turns: int, row: int = 0, *, rewritten: bool = False) -> list[Example]:
+    """The examples of a row: each turn begins with all of the one before. rewritten: the template marks the last turn."""
+    rng = np.random.default_rng(row)
+    said: list[int] = []
+    found = []
+    for turn in range(turns):
+        said = [*said, *rng.integers(0, 50_000, 40).tolist()]
+        answer = rng.integers(0, 50_000, 20).tolist()
+        prompt = [*said, -turn] if rewritten else said
+        weights = rng.choice([0.0, 0.5, 1.0], 20)
+        found.append(Example(np.array(prompt, np.int32), np.array(answer, np.int32), weights.astype(np.float32),
+                             f"x.jsonl:{row}", turn, kinds=np.full(20, turn % 3, np.int8), cut_tokens=turn))  # fmt: skip
+        said = [*said, *answer]
+    return found
+
+
+def size_of(path: Path, examples: list[Example]) -> int:
+    """Bytes of the file, once it is known to give the examples back."""
+    write_examples(path, examples)
+    assert [content(e) for e in ExampleStore(path)] == [content(e) for e in examples]
+    return path.stat().st_size
+
+
+def test_the_turns_of_a_conversation_are_stored_once(tmp_path: Path) -> None:
+    """Twice the turns take twice the bytes, not four times; each turn comes back in full."""
+    sizes = [size_of(tmp_path / "a.arrow", conversation(turns)) for turns in (100, 200, 400)]
+    assert sizes[2] - sizes[1] == pytest.approx(2 * (sizes[1] - sizes[0]), rel=0.1)
+    assert sizes[2] < 400 * (60 * 4 + 20 * 5 + 100)  # 60 new tokens, 20 weights and kinds, and the other columns
+    unshared = sum(e.length_tokens for e in conversation(400)) * 4
+    assert sizes[2] < unshared / 100
+
+
+def test_turns_that_the_template_rewrites_are_stored_in_full(tmp_path: Path) -> None:
+    """Where a turn is not the beginning of the next, nothing is lost: the file is as large as its tokens."""
+    assert size_of(tmp_path / "a.arrow", conversation(60, rewritten=True)) > 4 * sum(
+        e.length_tokens for e in conversation(60, rewritten=True)
+    )
+
+
+def test_rows_of_all_kinds_side_by_side(tmp_path: Path, make_example: Any) -> None:
+    """Long and short conversations, rewritten ones, copies, and turns in the wrong order come back as they were."""
+    examples = [
+        *conversation(5), *conversation(1, 1), *conversation(4, 2, rewritten=True), *conversation(3, 3),
+        *conversation(3, 3), *reversed(conversation(4, 4)), make_example([1], [2]), make_example([1, 2], [3]),
+        make_example([1], [2]), make_example([1, 2, 3, 4], [5, 6]), make_example([1, 2], [3, 4]),
+    ]  # fmt: skip
+    size_of(tmp_path / "a.arrow", examples)
+
+
+def test_a_start_that_is_off_by_one_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same comparison fails when the tokens of a turn are looked for one place further on."""
+    sequences = store._sequences
+
+    def late(examples: list[Example]) -> Any:
+        own, starts = sequences(examples)
+        return own, [starts[0], starts[1] + 1, *starts[2:]]
+
+    monkeypatch.setattr(store, "_sequences", late)
+    with pytest.raises(AssertionError):
+        size_of(tmp_path / "a.arrow", conversation(3))
+
+
+def test_what_examples_have_in_common_comes_back_as_it_was(tmp_path: Path, examples: list[Example]) -> None:
+    """Every field of `Prefixes.of`, with its type, for conversations, copies, and an empty side."""
+    some = [*examples, *conversation(6), *conversation(2, 1), *examples[:3]]
+    publish(tmp_path / "packs", {"train": some, "heldout": []}, {})
+    sides, _ = open_store(tmp_path / "packs")
+    for side, expected in (("train", Prefixes.of(some)), ("heldout", Prefixes.of([]))):
+        for name in ("lengths", "rank", "common", "family", "turns"):
+            found = getattr(sides[side].prefixes, name)
+            assert found.tolist() == getattr(expected, name).tolist(), name
+            assert found.dtype == getattr(expected, name).dtype, name
+    assert sides["train"].prefixes.common.any(), "the oracle must see something in common"
+    assert sides["train"].prefixes.turns.any()
+
+
+def test_a_store_says_how_large_its_tries_are(tmp_path: Path) -> None:
+    """The prefixes read from the file give the sizes of tries: a conversation is as large as its last turn."""
+    turns = conversation(6)
+    write_examples(tmp_path / "a.arrow", turns)
+    write_prefixes(tmp_path / "a.arrow", Prefixes.of(turns))
+    found = ExampleStore(tmp_path / "a.arrow").prefixes
+    assert found.trie_tokens(np.arange(6), np.zeros(6, np.int64), 1).tolist() == [turns[-1].length_tokens]
+
+
+# ── complete or absent ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def failing(examples: list[Example]) -> Iterator[Example]:

@@ -47,7 +47,8 @@ def mean_of_means(packs: list[Pack]) -> Any:
 
     def loss(net: Any, pack: Pack, weight_sum: float) -> PackLoss:
         found = pack_nll(net, pack)
-        return PackLoss(found.nll / float(pack.weight.sum()) / len(packs), found.nll.detach(), found.right)
+        share = found.nll / float(pack.weight.sum()) / len(packs)
+        return PackLoss(share, found.nll.detach(), found.right, found.entropy)
 
     return loss
 

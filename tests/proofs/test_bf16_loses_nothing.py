@@ -103,7 +103,7 @@ def test_a_step_forgets_the_gradients_of_the_step_before(dtype: torch.dtype) -> 
     net.matrix.sum().backward()
     assert float(optimizer.grad_norm()) == pytest.approx(6**0.5)
     before = {name: master.detach().clone() for name, master in optimizer.masters.items()}
-    optimizer.update(lr=0.1, grad_scale=1.0)
+    optimizer.update(lr=0.1)
     assert torch.equal(optimizer.masters["vector"], before["vector"])
     assert not torch.equal(optimizer.masters["matrix"], before["matrix"])
 
@@ -119,7 +119,7 @@ def moved_by_master(lr: float, updates: int) -> tuple[float, float]:
         optimizer.zero()
         net.matrix.sum().backward()
         optimizer.grad_norm()
-        optimizer.update(lr=lr, grad_scale=1.0)
+        optimizer.update(lr=lr)
     assert optimizer.masters["matrix"].dtype == FP32
     assert net.matrix.dtype == BF16
     return float(optimizer.masters["matrix"][0, 0]), float(net.matrix[0, 0].detach())
@@ -197,7 +197,7 @@ def check_update(dtype: torch.dtype, make: Callable[..., Any], scale: float = 1.
         optimizer.zero()
         sum((getattr(net, n) * torch.tensor(g, dtype=dtype)).sum() for n, g in gradient.items()).backward()
         optimizer.grad_norm()
-        optimizer.update(lr=0.01, grad_scale=scale)
+        optimizer.update(lr=0.01, divisor=torch.tensor(1 / scale))
     scaled = [{n: scale * g for n, g in each.items()} for each in gradients]
     for name, expected in textbook_adamw(start, scaled, lr=0.01, decay=0.3).items():
         np.testing.assert_allclose(optimizer.masters[name].detach().numpy(), expected, rtol=2e-6, atol=2e-6)
@@ -209,6 +209,24 @@ def check_update(dtype: torch.dtype, make: Callable[..., Any], scale: float = 1.
 def test_an_update_is_the_textbooks(dtype: torch.dtype, scale: float) -> None:
     """Bias-corrected moments, decoupled decay of matrices only, and the model holds the masters cast once."""
     check_update(dtype, MasterAdamW, scale)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_an_update_that_is_skipped_changes_nothing(dtype: torch.dtype) -> None:
+    """Not the weights, not the moments, not the count of updates, whatever the gradients are; the next one is the first."""
+    runs = []
+    for poisoned in (False, True):
+        net = weights()
+        optimizer = MasterAdamW(net, dtype=dtype, weight_decay=0.1)
+        for factor in (float("nan"), 1.0) if poisoned else (1.0,):
+            optimizer.zero()
+            ((net.matrix.sum() + net.vector.sum()) * factor).backward()
+            skip = (~torch.isfinite(optimizer.grad_norm())).float()
+            optimizer.update(lr=0.1, divisor=torch.tensor(2.0), skip=skip)
+        runs.append({**optimizer.masters, **optimizer.state()})
+    assert runs[0].keys() == runs[1].keys()
+    for name, value in runs[0].items():
+        assert torch.equal(value, runs[1][name]), name
 
 
 def with_coupled_decay(net: Any, **options: Any) -> MasterAdamW:
@@ -230,10 +248,10 @@ def with_decaying_vectors(net: Any, **options: Any) -> MasterAdamW:
 class WithoutBiasCorrection(MasterAdamW):
     """The planted fault: the moments count as if many updates had been made."""
 
-    def update(self, *, lr: float, grad_scale: float) -> None:
+    def update(self, **options: Any) -> None:
         for state in self.adamw.state.values():
             state["step"].fill_(10_000.0)
-        super().update(lr=lr, grad_scale=grad_scale)
+        super().update(**options)
 
 
 class WithoutCast(MasterAdamW):

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from instil.model.head import Head, weighted_nll
+from instil.model.head import CHUNK_BYTES, Head, Triples, weighted_nll
+from instil.pack.bins import plan_packs
 from instil.pack.loader import Loader
-from instil.pack.plan import plan_packs, plan_steps
+from instil.pack.plan import plan_steps
+from instil.pack.prefixes import Prefixes
 from instil.pack.tree import build_pack
 from instil.types import Batch, Example, Pack
 
@@ -22,7 +24,7 @@ Nll = Callable[[Tensor, Head, Tensor, Tensor, Tensor], Tensor]
 
 
 def ours(hidden: Tensor, head: Head, at: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    return weighted_nll(hidden, head, at, target, weight).nll
+    return weighted_nll(hidden, head, Triples.of(*(x.numpy() for x in (at, target, weight)))).nll
 
 
 # --- the loss of one token
@@ -139,7 +141,7 @@ def test_the_heads_gradients_are_those_of_finite_differences(
     scale: float, cap: float, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hidden states, weight and bias, with the logits scaled and capped, in one chunk of triples or in several."""
-    monkeypatch.setattr("instil.model.head.CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", chunk_bytes)
     torch.manual_seed(4)
     hidden, weight, bias = (torch.randn(s, requires_grad=True) for s in ((6, 5), (7, 5), (7,)))
     nll = ours(hidden, Head(weight, bias, scale, cap), torch.tensor(AT), torch.tensor(TARGET), torch.tensor(WEIGHT))
@@ -161,9 +163,8 @@ def test_the_heads_gradients_are_those_of_finite_differences(
 def test_right_counts_first_choices() -> None:
     """`right` is the number of targets that are the model's first choice: here two of three."""
     hidden = torch.eye(4)
-    found = weighted_nll(
-        hidden, Head(torch.eye(4), None), torch.tensor([0, 1, 2]), torch.tensor([0, 1, 3]), torch.ones(3)
-    )
+    triples = Triples.of(np.array([0, 1, 2]), np.array([0, 1, 3]), np.ones(3, np.float32))
+    found = weighted_nll(hidden, Head(torch.eye(4), None), triples)
     assert int(found.right) == 2
 
 
@@ -176,7 +177,7 @@ def check_useful_shares(useful: Callable[[list[Example]], tuple[float, float]], 
     Padded to the longest they are 4 x 100 = 400 positions: 47.5% useful. Packed they are 300: 63.3%.
     """
     whole = [(40, 60), (30, 50), (25, 45), (15, 35)]
-    padded, packed = useful([make_example([1] * p, [2] * a) for p, a in whole])
+    padded, packed = useful([make_example([i] * p, [9] * a) for i, (p, a) in enumerate(whole)])  # nothing in common
     assert padded == pytest.approx(0.475, abs=1e-12)
     assert packed == pytest.approx(190 / 300, abs=1e-12)
     assert round(100 * packed, 1) == 63.3
@@ -252,8 +253,8 @@ def check_target_tokens(loader: Loader, epochs: int) -> None:
 
 
 def run_of(examples: list[Example]) -> Loader:
-    lengths = np.array([e.length_tokens for e in examples])
-    return Loader(examples, lengths, plan_steps(lengths, 7, 1000), seed=5)
+    prefixes = Prefixes.of(examples)
+    return Loader(examples, prefixes, plan_steps(prefixes, 7, 1000), seed=5)
 
 
 def test_three_epochs_of_a_hundred_have_sixty_thousand_targets(some_examples: Any) -> None:
@@ -283,4 +284,4 @@ def test_a_loader_that_forgets_a_pack_is_caught(some_examples: Any) -> None:
     """The same count catches a loader that leaves out one pack an epoch."""
     whole = run_of(some_examples(lengths=[(1 + i % 90, 200) for i in range(100)]))
     with pytest.raises(AssertionError):
-        check_target_tokens(Forgetful(whole.examples, whole.lengths, whole.plan, whole.seed), epochs=3)
+        check_target_tokens(Forgetful(whole.examples, whole.prefixes, whole.plan, whole.seed), epochs=3)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from instil.model.head import Head, weighted_nll
+from instil.model.head import Head, Triples, weighted_nll
 from instil.pack.tree import build_pack
 from instil.types import Example, Pack
 
@@ -121,8 +121,7 @@ def test_a_wrong_triple_is_caught(
 
 
 def triples_loss(hidden: Tensor, head: Head, tokens: Tensor, pack: Pack) -> Tensor:
-    at, target = torch.from_numpy(pack.at).long(), torch.from_numpy(pack.target).long()
-    return weighted_nll(hidden, head, at, target, torch.from_numpy(pack.weight)).nll / float(pack.weight.sum())
+    return weighted_nll(hidden, head, Triples.of_pack(pack, hidden.device)).nll / float(pack.weight.sum())
 
 
 def every_token_loss(hidden: Tensor, head: Head, tokens: Tensor, pack: Pack) -> Tensor:

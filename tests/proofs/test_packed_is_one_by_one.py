@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from instil.model.attention import Layout, _through_interface, dense, loop
+from instil.model.attention import Layout, Rule, _through_interface, best, dense, layout_of
 from instil.model.head import head_of
+from instil.model.layout import Segment
 from instil.model.load import hidden_states
 from instil.pack.tree import build_pack
 from instil.types import Example, Pack
@@ -22,10 +23,10 @@ MODELS = ["llama", "llama-tied", "qwen2", "qwen3", "gpt2", "gpt2-untied", "grani
 BACKENDS = ["instil_loop", "instil_dense"]
 
 
-def everybody_sees_all(query: Any, key: Any, value: Any, layout: Layout, scale: float) -> Any:
+def everybody_sees_all(query: Any, key: Any, value: Any, layout: Layout, rule: Rule) -> Any:
     """The planted fault: plain causal attention over the whole pack, as packing without isolation does it."""
     n = query.shape[2]
-    return loop(query, key, value, Layout(layout.reach, (0, n)), scale)
+    return best(query, key, value, Layout(layout.reach, layout.positions, (Segment(0, n, n, 0, 0),), n), rule)
 
 
 AttentionInterface.register("instil_planted_leak", _through_interface(everybody_sees_all))
@@ -96,8 +97,8 @@ def check_isolation(net: Any, pack: Pack, examples: list[Example]) -> None:
     with torch.no_grad():
         before = head_of(net).logits(hidden_states(net, pack))
         start = 0
-        for example in examples:
-            end = start + example.length_tokens
+        for i in pack.examples:
+            end = start + examples[i].length_tokens
             tokens = pack.tokens.copy()
             tokens[start:end] = (tokens[start:end] + 1) % 97
             after = head_of(net).logits(hidden_states(net, replace(pack, tokens=tokens)))
@@ -105,6 +106,7 @@ def check_isolation(net: Any, pack: Pack, examples: list[Example]) -> None:
             assert torch.equal(after[end:], before[end:])
             assert not torch.equal(after[start:end], before[start:end])
             start = end
+    assert start == len(pack.tokens), "the examples have nothing in common"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -149,12 +151,13 @@ def branches(make_example: Callable[..., Example]) -> tuple[Example, Example]:
     return make_example(prompt, [21, 22, 23], [1, 0.5, 2]), make_example(prompt, [31, 32, 33, 34, 35])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
 def test_a_shared_prefix_trains_as_its_pairs_alone(
-    kind: str, tiny: Any, make_example: Any, textbook: Any, gradients_of: Any, assert_same: Any
+    kind: str, backend: str, tiny: Any, make_example: Any, textbook: Any, gradients_of: Any, assert_same: Any
 ) -> None:
     """The one-line rule holds for trees: a prompt computed once for two answers gives the gradient of both pairs alone."""
-    net = tiny(kind, attention="instil_dense")
+    net = tiny(kind, attention=backend)
     pair = branches(make_example)
     pack = tree_pack(*pair, shared=5)
     assert len(pack.tokens) == 5 + 2 + 4  # 14 computed tokens alone
@@ -184,11 +187,11 @@ def test_a_branch_without_its_own_depth_is_caught(
         assert_same(gradients_of(net, [pack]), textbook(net, pair), tolerance=1e-2)
 
 
-def test_dense_and_loop_agree(tiny: Any, some_examples: Any) -> None:
+def test_dense_and_loop_agree(some_examples: Any) -> None:
     """The fast backend is the reference backend on every plain pack."""
     torch.manual_seed(1)
-    n, bounds = 23, (0, 1, 9, 23)
-    reach = torch.tensor(np.repeat(bounds[1:], np.diff(bounds)))
+    layout = layout_of(build_pack(some_examples(lengths=[(1, 1), (3, 6), (9, 6)]), range(3)), torch.device("cpu"))
+    n = len(layout.reach)
     q, k, v = torch.randn(1, 4, n, 8), torch.randn(1, 2, n, 8), torch.randn(1, 2, n, 8)
-    layout = Layout(reach, bounds)
-    torch.testing.assert_close(loop(q, k, v, layout, 0.3), dense(q, k, v, layout, 0.3), rtol=1e-5, atol=1e-6)
+    rule = Rule(0.3)
+    torch.testing.assert_close(best(q, k, v, layout, rule), dense(q, k, v, layout, rule), rtol=1e-5, atol=1e-6)

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,6 +17,7 @@ from instil.errors import DivergedError, Stopped
 from instil.model.adapters import add_lora
 from instil.pack.loader import Loader
 from instil.pack.plan import plan_steps
+from instil.pack.prefixes import Prefixes
 from instil.train import checkpoint
 from instil.train.loop import LoopPlan, Progress, train
 from instil.train.optim import MasterAdamW
@@ -58,12 +58,12 @@ def begin(tiny: Any, some_examples: Any, tmp_path: Path) -> Callable[..., Run]:
         if rank:
             add_lora(net.to(dtype), SimpleNamespace(rank=rank, alpha=None, targets=[]), "base", 0)
         examples: list[Example] = some_examples(24, weighted=True)
-        lengths = np.array([e.length_tokens for e in examples])
+        prefixes = Prefixes.of(examples)
         plan = LoopPlan(
             steps=STEPS, peak_lr=0.01, schedule="cosine", warmup=0.2, clip_norm=1.0, measure_every_steps=STEPS,
             save_every_steps=0, save_every_s=1e9, keep=2, checkpoints=tmp_path / "checkpoints",
         )  # fmt: skip
-        loader = Loader(examples, lengths, plan_steps(lengths, 8, 30), seed=4)
+        loader = Loader(examples, prefixes, plan_steps(prefixes, 8, 30), seed=4)
         optimizer = MasterAdamW(net, dtype=dtype, weight_decay=0.1)
         return Run(net, optimizer, loader, replace(plan, **changes), Progress(), [])
 

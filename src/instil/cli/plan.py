@@ -70,7 +70,8 @@ def counts(found: Forecast) -> Table:
     """What there is, what an epoch uses of it, and what the whole run trains on."""
     table = _table("what is trained on", "", "once", "an epoch", "the run")
     names = {"examples": "examples", "prompt_tokens": "prompt tokens", "answer_tokens": "answer tokens",
-             "target_tokens": "target tokens", "computed_tokens": "computed tokens"}  # fmt: skip
+             "target_tokens": "target tokens", "unshared_tokens": "tokens without sharing",
+             "computed_tokens": "computed tokens"}  # fmt: skip
     table.add_row("rows", f"{found.rows:,}", "", "")
     for key, name in names.items():
         table.add_row(name, *(f"{getattr(work, key):,}" for work in (found.once, found.epoch, found.run)))

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from instil.pack.plan import plan_packs
+from instil.pack.plan import packs_in_order
+from instil.pack.prefixes import Prefixes
 from instil.pack.tree import build_pack
 from instil.train.loss import pack_nll
 from instil.types import Example
@@ -28,11 +29,10 @@ class AnswerLoss:
 @torch.no_grad()
 def answer_loss(net: PreTrainedModel, examples: Sequence[Example], *, pack_tokens: int) -> AnswerLoss:
     """The loss of the answers given their prompts; no gradient, no update. Needs at least one example."""
-    lengths = np.array([e.length_tokens for e in examples])
     nll = right = weights = 0.0
     targets = 0
-    for indices in plan_packs(lengths, pack_tokens, np.arange(len(examples))):
-        pack = build_pack([examples[i] for i in indices], indices.tolist())
+    for indices in packs_in_order(Prefixes.of(examples), pack_tokens):
+        pack = build_pack([examples[i] for i in indices], indices.tolist(), pack_tokens)
         found = pack_nll(net, pack)
         nll += float(found.nll)
         right += int(found.right)

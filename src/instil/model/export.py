@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
+from instil.model.attention import attention
+
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt",
@@ -28,15 +30,13 @@ def export_model(
     """
 
     def write(folder: Path) -> None:
-        implementation = net.config._attn_implementation
-        net.set_attn_implementation("sdpa")
         before = net.generation_config
         net.generation_config = _stopping(net, terminators)
         try:
-            net.save_pretrained(folder, safe_serialization=True)
+            with attention(net, "sdpa"):
+                net.save_pretrained(folder, safe_serialization=True)
         finally:
             net.generation_config = before
-            net.set_attn_implementation(implementation)
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from instil.errors import MachineError, ModelError
-from instil.model.attention import attention, layout_of
+from instil.model.attention import Layout, attention, layout_of
 from instil.model.head import head_of
 from instil.types import Pack
 
 # Words in a config's model_type or layer types, or in a module's class name, of layers that carry state from token to
 # token outside attention, so that documents of a pack would leak into each other.
 RECURRENT = ("mamba", "rwkv", "recurrent", "linear_attention", "deltanet", "lightning", "short_conv", "retnet", "xlstm")
+PROBE_WINDOW = 3  # tokens that windows are narrowed to
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # relative to the hidden states' norm
 
 
@@ -38,7 +41,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model from a local folder in `dtype`, with attention `instil_loop`.
 
-    probe: compare the model on a pack of two documents with the model on each alone, before anything depends on it.
+    probe: compare the model on packs of documents and of branches with the model on each alone, before anything depends
+    on it.
     longest_tokens: of the examples to come; a model that would treat them otherwise in a pack than alone is refused.
     """
     transformers_logging.disable_progress_bar()
@@ -48,7 +52,7 @@ def load_model(
     refuse_lengths(config, longest_tokens, folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, local_files_only=True,
+            folder, config=config, dtype=dtype, attn_implementation="eager", use_safetensors=True, local_files_only=True,
             output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # whatever transformers makes of a broken folder
@@ -68,6 +72,7 @@ def load_model(
     net.set_attn_implementation("instil_loop")
     if probe:
         probe_isolation(net, folder)
+        probe_window(net, folder, longest_tokens)
     return net
 
 
@@ -99,14 +104,11 @@ def refuse_recurrent(config: Any, place: object) -> None:
 def refuse_lengths(config: Any, longest_tokens: int, place: object) -> None:
     """Refuse examples longer than a limit beyond which a model's attention or positions depend on more than the example.
 
-    Attention windows and chunks are not cut exactly yet; rotary frequencies of the kinds `longrope` and `dynamic` change
-    for the whole pack with its longest document.
+    Attention chunks are not cut exactly yet; rotary frequencies of the kinds `longrope` and `dynamic` change for the
+    whole pack with its longest document. (Sliding windows are exact; `probe_window` makes sure of each model's.)
     """
     text = config.get_text_config()
-    limits: dict[str, Any] = {
-        "a sliding window": getattr(text, "sliding_window", None),
-        "attention chunks": getattr(text, "attention_chunk_size", None),
-    }
+    limits: dict[str, Any] = {"attention chunks": getattr(text, "attention_chunk_size", None)}
     rope = getattr(text, "rope_parameters", None) or {}
     for found in (rope, *(value for value in rope.values() if isinstance(value, dict))):
         if found.get("rope_type") in ("longrope", "dynamic"):
@@ -119,51 +121,103 @@ def refuse_lengths(config: Any, longest_tokens: int, place: object) -> None:
 
 
 def probe_isolation(net: PreTrainedModel, place: object) -> None:
-    """Refuse a model whose packed documents differ from the documents alone, or whose logits are not our head's.
+    """Refuse a model whose packed documents, or branches of a shared prefix, differ from the same tokens alone, or whose
+    logits are not our head's.
 
-    The reference is the model itself on each document alone, with its own SDPA attention and its own logits.
+    The reference is the model itself on the tokens alone, with its own plain attention and its own logits.
     """
     vocabulary = int(net.get_input_embeddings().weight.shape[0])  # type: ignore[index,union-attr]
     first, second = (np.random.Philox(key=[7, n]).random_raw(n).astype(np.uint64) % vocabulary for n in (5, 7))
-    device = next(net.parameters()).device
-    kind = f"{type(net).__name__} ({net.config.model_type})"
+    other = (first + np.uint64(1)) % np.uint64(vocabulary)
+    for shared, between in ((0, "documents of a pack"), (3, "branches of a shared prefix")):
+        with _running(net, place, between):
+            alone = _alone(net, second)
+            packed = _last_branch(net, first, second, shared)
+            perturbed = _last_branch(net, other, second, shared)
+            found = head_of(net).logits(packed)
+        if float((packed - perturbed).norm()) > 1e-4 * float(packed.norm()):
+            what = f"{_kind(net)} leaks between the {between}"
+            raise ModelError.at(place, what, "it cannot be trained on packs; use another model")
+        difference = float((found - alone).norm()) / float(alone.norm())
+        if not difference < PROBE_TOLERANCE.get(net.dtype, 0.1):
+            what = f"{_kind(net)}: logits in {between} differ from the model's own by {difference:.2g} of their norm"
+            raise ModelError.at(place, what, "its head or positions are not supported; use another model")
+
+
+def probe_window(net: PreTrainedModel, place: object, longest_tokens: int) -> None:
+    """Refuse a model with a sliding window that it does not tell its attention of, where an example is longer than it.
+
+    Its windows are narrowed to a few tokens for a while, all by the same amount, so that a short text shows the difference.
+    """
+    window = getattr(net.config.get_text_config(), "sliding_window", None)
+    if not window or longest_tokens <= window:
+        return
+    vocabulary = int(net.get_input_embeddings().weight.shape[0])  # type: ignore[index,union-attr]
+    tokens = np.random.Philox(key=[7, 9]).random_raw(9).astype(np.uint64) % vocabulary
+    with _narrowed(net, window - PROBE_WINDOW), _running(net, place, "a window"):
+        alone = _alone(net, tokens)
+        found = head_of(net).logits(_last_branch(net, tokens[:5], tokens, 2))
+    difference = float((found - alone).norm()) / float(alone.norm())
+    if not difference < PROBE_TOLERANCE.get(net.dtype, 0.1):
+        what = f"{_kind(net)} does not tell its attention of its window of {window:,} tokens"
+        remedy = f"an example has {longest_tokens:,}: set pack.tokens to at most {window}, or use another model"
+        raise ModelError.at(place, what, remedy)
+
+
+def _kind(net: PreTrainedModel) -> str:
+    return f"{type(net).__name__} ({net.config.model_type})"
+
+
+@contextmanager
+def _running(net: PreTrainedModel, place: object, what: str) -> Iterator[None]:
+    """Without gradients, and with whatever goes wrong said in one line."""
     try:
         with torch.no_grad():
-            with attention(net, "sdpa"):
-                tokens = torch.from_numpy(second.astype(np.int64)).to(device)[None]
-                alone = net(input_ids=tokens, use_cache=False).logits[0]
-            packed = _last_document(net, first, second)
-            perturbed = _last_document(net, (first + np.uint64(1)) % np.uint64(vocabulary), second)
-            found = head_of(net).logits(packed)
+            yield
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        what = f"{kind} does not run on a pack of documents: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        raise ModelError.at(place, what, "use another model") from error
-    scale = float(alone.float().norm())
-    tolerance = PROBE_TOLERANCE.get(alone.dtype, 0.1)
-    if float((packed - perturbed).norm()) > 1e-4 * float(packed.norm()):
-        what = f"{kind} leaks between the documents of a pack"
-        raise ModelError.at(place, what, "it cannot be trained on packs; use another model")
-    difference = float((found - alone.float()).norm()) / scale
-    if not difference < tolerance:
-        what = f"{kind}: logits in a pack differ from the model's own by {difference:.2g} of their norm"
-        raise ModelError.at(place, what, "its head or positions are not supported; use another model")
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError.at(place, f"{_kind(net)} does not run on {what}: {first}", "use another model") from error
 
 
-def _last_document(net: PreTrainedModel, first: np.ndarray, second: np.ndarray) -> Tensor:
-    """Hidden states of the second of two packed documents."""
-    a, n = len(first), len(first) + len(second)
+@contextmanager
+def _narrowed(net: PreTrainedModel, by: int) -> Iterator[None]:
+    """Every sliding window of the model smaller by so many tokens, for a while."""
+    holders: list[Any] = [net.config.get_text_config(), *net.modules()]
+    before = [(x, w) for x in holders if isinstance(w := getattr(x, "sliding_window", None), int) and w > by]
+    try:
+        for holder, window in before:
+            holder.sliding_window = window - by
+        yield
+    finally:
+        for holder, window in before:
+            holder.sliding_window = window
+
+
+def _alone(net: PreTrainedModel, tokens: np.ndarray) -> Tensor:
+    """The model's own float32 logits of a text by itself."""
+    with attention(net, "eager"):
+        ids = torch.from_numpy(tokens.astype(np.int64)).to(next(net.parameters()).device)[None]
+        logits: Tensor = net(input_ids=ids, use_cache=False).logits[0]
+    return logits.float()
+
+
+def _last_branch(net: PreTrainedModel, first: np.ndarray, second: np.ndarray, shared: int) -> Tensor:
+    """Hidden states of `second` in a pack of its first `shared` tokens, `first` as one branch after them (as a document
+    where nothing is shared), and the rest of `second` as another."""
+    a, b, n = shared, shared + len(first), len(first) + len(second)
     none = np.zeros(0, np.int32)
     pack = Pack(
-        tokens=np.concatenate([first, second]).astype(np.int32),
-        positions=np.concatenate([np.arange(a), np.arange(n - a)]).astype(np.int32),
-        reach=np.repeat([a, n], [a, n - a]).astype(np.int32),
+        tokens=np.concatenate([second[:a], first, second[a:]]).astype(np.int32),
+        positions=np.concatenate([np.arange(b), np.arange(a, len(second))]).astype(np.int32),
+        reach=np.repeat([n, b, n], [a, b - a, n - b]).astype(np.int32),
         at=none, target=none, weight=none.astype(np.float32), owner=none, examples=(),
     )  # fmt: skip
-    return hidden_states(net, pack)[a:]
+    hidden = hidden_states(net, pack)
+    return torch.cat([hidden[:a], hidden[b:]])
 
 
-def hidden_states(net: PreTrainedModel, pack: Pack) -> Tensor:
-    """The model's last hidden states [n, d] of a pack's n tokens."""
+def hidden_states(net: PreTrainedModel, pack: Pack, layout: Layout | None = None) -> Tensor:
+    """The model's last hidden states [n, d] of a pack's n tokens. layout: other than the pack's own (train/trunk.py)."""
     device = next(net.parameters()).device
     tokens, positions = (torch.from_numpy(x).to(device, torch.int64)[None] for x in (pack.tokens, pack.positions))
     output = net.base_model(
@@ -171,6 +225,6 @@ def hidden_states(net: PreTrainedModel, pack: Pack) -> Tensor:
         position_ids=positions,
         attention_mask=None,
         use_cache=False,
-        instil_layout=layout_of(pack, device),
+        instil_layout=layout or layout_of(pack, device),
     )
     return output.last_hidden_state[0]

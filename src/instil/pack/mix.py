@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from instil.errors import UsageError
-from instil.pack.plan import Indices, shuffled
+from instil.pack.bins import Indices, shuffled
 
 MIX_KEY = 1 << 32  # of the sources' permutations: apart from the keys of epochs, which count from 0 (pack/plan.py)
 

@@ -7,20 +7,24 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import orjson
 import pyarrow as pa
 
+from instil.pack.prefixes import Prefixes
 from instil.types import Example
 
-FORMAT = 2  # part of the digest: a changed layout is prepared anew, never misread
+FORMAT = 3  # part of the digest: a changed layout is prepared anew, never misread
 
 SCHEMA = pa.schema(
     [
-        ("prompt_tokens", pa.large_list(pa.int32())),
-        ("answer_tokens", pa.large_list(pa.int32())),
+        ("tokens", pa.large_list(pa.int32())),  # empty where another example's tokens begin with these
+        ("start", pa.int64()),  # of the prompt in the tokens of all
+        ("prompt_tokens", pa.int32()),
+        ("answer_tokens", pa.int32()),
         ("weights", pa.large_list(pa.float32())),
         ("origin", pa.large_string()),
         ("turn", pa.int32()),
@@ -35,25 +39,32 @@ SCHEMA = pa.schema(
 class ExampleStore(Sequence[Example]):
     """The examples of one side (train or held-out), read from a memory-mapped file.
 
-    lengths [n]: computed tokens of each example; target_tokens [n]: its answer tokens with weight > 0; source [n]: which
-    of the sources it is from.
+    prefixes: what the examples have in common, with their lengths; prompt_tokens, answer_tokens, target_tokens [n]: counts of
+    each example, targets being answer tokens with weight > 0; source [n]: which of the sources it is from.
     """
 
     def __init__(self, path: Path):
-        with pa.memory_map(str(path)) as file:
-            table = pa.ipc.open_file(file).read_all().combine_chunks()
+        table = _mapped(path)
+        self._path = path
         self._origin, self._turn, self._task = (table.column(name) for name in ("origin", "turn", "task"))
         self._cut = table.column("cut_tokens")
-        self._kinds = _ragged(table, "kinds")
+        self._tokens, self._start = _ragged(table, "tokens")[1], table.column("start").to_numpy()
+        self._kinds, self._weights = _ragged(table, "kinds"), _ragged(table, "weights")
         self.source = table.column("source").to_numpy()
-        self._prompt = _ragged(table, "prompt_tokens")
-        self._answer = _ragged(table, "answer_tokens")
-        self._weights = _ragged(table, "weights")
-        self.lengths = np.diff(self._prompt[0]) + np.diff(self._answer[0]) - 1
-        self.prompt_tokens = np.diff(self._prompt[0])
-        self.answer_tokens = np.diff(self._answer[0])
+        self.prompt_tokens = table.column("prompt_tokens").to_numpy().astype(np.int64)
+        self.answer_tokens = table.column("answer_tokens").to_numpy().astype(np.int64)
+        self.lengths = self.prompt_tokens + self.answer_tokens - 1
         counted = np.concatenate([[0], np.cumsum(self._weights[1] > 0)])
         self.target_tokens = counted[self._weights[0][1:]] - counted[self._weights[0][:-1]]
+
+    @cached_property
+    def prefixes(self) -> Prefixes:
+        """As found when the examples were published; found now where they were only written."""
+        if not _beside(self._path).exists():
+            return Prefixes.of(self)
+        table = _mapped(_beside(self._path))
+        columns = (table.column(name).to_numpy() for name in ("rank", "common", "family", "turns"))
+        return Prefixes(self.lengths, *columns)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -61,17 +72,26 @@ class ExampleStore(Sequence[Example]):
     def __getitem__(self, i: int) -> Example:  # type: ignore[override]
         if not 0 <= i < len(self):
             raise IndexError(i)
-        prompt, answer, weights, kinds = (
-            values[offsets[i] : offsets[i + 1]]
-            for offsets, values in (self._prompt, self._answer, self._weights, self._kinds)
-        )
+        middle = self._start[i] + self.prompt_tokens[i]
+        weights, kinds = (values[offsets[i] : offsets[i + 1]] for offsets, values in (self._weights, self._kinds))
         return Example(
-            prompt, answer, weights, self._origin[i].as_py(), self._turn[i].as_py(), self._task[i].as_py(), kinds,
-            self._cut[i].as_py(), int(self.source[i]),
+            self._tokens[self._start[i] : middle], self._tokens[middle : middle + self.answer_tokens[i]], weights,
+            self._origin[i].as_py(), self._turn[i].as_py(), self._task[i].as_py(), kinds, self._cut[i].as_py(),
+            int(self.source[i]),
         )  # fmt: skip
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
+
+
+def _mapped(path: Path) -> pa.Table:
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_file(file).read_all().combine_chunks()
+
+
+def _beside(path: Path) -> Path:
+    """The file of what the examples of another file have in common."""
+    return path.with_suffix(".prefixes")
 
 
 def _ragged(table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -92,9 +112,12 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
             pa.array(offsets, pa.int64()), pa.array(values.astype(kind.to_pandas_dtype()))
         )
 
+    own, starts = _sequences(examples)
     columns = [
-        ragged([e.prompt_tokens for e in examples], pa.int32()),
-        ragged([e.answer_tokens for e in examples], pa.int32()),
+        ragged(own, pa.int32()),
+        pa.array(starts, pa.int64()),
+        pa.array([len(e.prompt_tokens) for e in examples], pa.int32()),
+        pa.array([len(e.answer_tokens) for e in examples], pa.int32()),
         ragged([e.weights for e in examples], pa.float32()),
         pa.array([e.origin for e in examples], pa.large_string()),
         pa.array([e.turn for e in examples], pa.int32()),
@@ -103,8 +126,39 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
         pa.array([e.cut_tokens for e in examples], pa.int32()),
         pa.array([e.source for e in examples], pa.int32()),
     ]
-    table = pa.Table.from_arrays(columns, schema=SCHEMA)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+    _write(path, pa.Table.from_arrays(columns, schema=SCHEMA))
+
+
+def _sequences(examples: Sequence[Example]) -> tuple[list[np.ndarray], list[int]]:
+    """The tokens that each example adds to those of all, and where each example's begin.
+
+    A turn of a conversation whose tokens are the beginning of the next turn's adds none.
+    """
+    own: list[np.ndarray] = []
+    back: list[int] = []  # where the tokens begin, counted from the end of all
+    size = 0
+    later = np.zeros(0, np.int32)
+    for e in reversed(examples):
+        p, n = len(e.prompt_tokens), len(e.prompt_tokens) + len(e.answer_tokens)
+        begins = n <= len(later) and np.array_equal(later[:p], e.prompt_tokens)
+        if begins and np.array_equal(later[p:n], e.answer_tokens):
+            own.append(later[:0])
+        else:
+            later = np.concatenate([e.prompt_tokens, e.answer_tokens])
+            own.append(later)
+            size += len(later)
+        back.append(size)
+    return own[::-1], [size - b for b in reversed(back)]
+
+
+def write_prefixes(path: Path, prefixes: Prefixes) -> None:
+    """Write what the examples of the file at `path` have in common beside it."""
+    names = ("rank", "common", "family", "turns")
+    _write(_beside(path), pa.table({name: getattr(prefixes, name) for name in names}))
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
 
 
@@ -120,6 +174,7 @@ def publish(folder: Path, sides: Mapping[str, Sequence[Example]], record: dict[s
     try:
         for side, examples in sides.items():
             write_examples(partial / f"{side}.arrow", examples)
+            write_prefixes(partial / f"{side}.arrow", Prefixes.of(examples))
         (partial / "record.json").write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2))
         for file in partial.iterdir():
             with file.open("rb") as f:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from instil.errors import DivergedError, Problem, Stopped
 from instil.model.machine import release_free_memory
-from instil.pack.loader import Loader
+from instil.pack.loader import Ahead, Loader
 from instil.train import checkpoint
 from instil.train.optim import MasterAdamW
 from instil.train.schedule import Schedule, learning_rate
@@ -94,11 +94,11 @@ def train(
             net.train()
             progress.heldout[str(progress.step)] = loss
 
-    with _signals() as asked:
+    with _signals() as asked, Ahead(loader, plan.steps) as batches:
         if progress.step == 0:
             heldout()
         while progress.step < plan.steps:
-            record = _one_step(net, optimizer, loader, plan, progress)
+            record = _one_step(net, optimizer, batches, plan, progress)
             if progress.step == plan.steps or progress.step % plan.measure_every_steps == 0:
                 heldout()
                 record["heldout_loss"] = progress.heldout.get(str(progress.step))
@@ -125,18 +125,18 @@ def train(
 def _one_step(
     net: PreTrainedModel,
     optimizer: MasterAdamW,
-    loader: Loader,
+    batches: Ahead,
     plan: LoopPlan,
     progress: Progress,
 ) -> dict[str, Any]:
     """Draw the batch, update, count; returns the step's record."""
     start = time.monotonic()
     lr = learning_rate(progress.step, peak=plan.peak_lr, steps=plan.steps, warmup=plan.warmup, schedule=plan.schedule)
-    batch = loader.batch(progress.step)
+    batch = batches.batch(progress.step)
     try:
         stats = train_step(net, optimizer, batch, lr=lr, clip_norm=plan.clip_norm)
     except DivergedError as error:
-        origins = sorted({loader.examples[i].origin for pack in batch.packs for i in pack.examples})
+        origins = sorted({batches.examples[i].origin for pack in batch.packs for i in pack.examples})
         more = f" and {len(origins) - 20} more" if origins[20:] else ""
         rows = Problem(f"step {batch.step + 1}", f"its rows: {', '.join(origins[:20])}{more}", "")
         raise DivergedError(*error.problems, rows) from error
@@ -150,6 +150,7 @@ def _one_step(
         "epoch": batch.epoch,
         "loss": stats.loss,
         "accuracy": stats.accuracy,
+        "entropy": stats.entropy,
         "lr": lr,
         "grad_norm": stats.grad_norm,
         "target_tokens": stats.target_tokens,

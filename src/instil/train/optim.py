@@ -55,12 +55,14 @@ class MasterAdamW:
         gradients = [m.grad for m in self.masters.values() if m.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
-    def update(self, *, lr: float, grad_scale: float) -> None:
-        """One AdamW update with the gradients times `grad_scale`, then the masters are cast into the model."""
+    def update(self, *, lr: float, divisor: Tensor | None = None, skip: Tensor | None = None) -> None:
+        """One AdamW update with the gradients divided by `divisor` (0-d), then the masters are cast into the model.
+
+        skip: a 0-d float tensor; where it is 1, nothing changes. Both stay on the device: nothing waits for it.
+        """
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        if grad_scale != 1.0:
-            torch._foreach_mul_([m.grad for m in self.masters.values() if m.grad is not None], grad_scale)
+        self.adamw.grad_scale, self.adamw.found_inf = divisor, skip  # type: ignore[attr-defined]  # as a GradScaler would
         self.adamw.step()
         self._cast()
 

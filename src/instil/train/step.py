@@ -9,18 +9,20 @@ import torch
 from transformers import PreTrainedModel
 
 from instil.errors import DivergedError
-from instil.train.loss import pack_loss
+from instil.train.loss import learn
 from instil.train.optim import MasterAdamW
 from instil.types import Batch
 
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """loss: nats per target token over the whole batch; accuracy: share of targets that were the first choice."""
+    """loss: nats per target token over the whole batch; accuracy: share of targets that were the first choice; entropy: of
+    the model's choice where targets are, nats per target token."""
 
     loss: float
     grad_norm: float
     accuracy: float
+    entropy: float
     target_tokens: int
     computed_tokens: int
 
@@ -33,12 +35,14 @@ def step(net: PreTrainedModel, optimizer: MasterAdamW, batch: Batch, *, lr: floa
     optimizer.zero()
     losses = []
     for pack in batch.packs:
-        part = pack_loss(net, pack, batch.weight_sum)
-        part.share.backward()
-        losses.append(torch.stack([part.nll.double(), part.right.double()]))
+        part = learn(net, pack, batch.weight_sum)
+        losses.append(torch.stack([part.nll.double(), part.right.double(), part.entropy.double()]))
     norm = optimizer.grad_norm()
-    nll, right = torch.stack(losses).sum(0).tolist()
-    grad_norm = float(norm)
+    sums = torch.stack(losses).sum(0)
+    finite = torch.isfinite(norm) & torch.isfinite(sums[0])
+    divisor = (norm / clip_norm).clamp(min=1.0) if clip_norm else torch.ones_like(norm)
+    optimizer.update(lr=lr, divisor=divisor, skip=(~finite).float())
+    nll, right, entropy, grad_norm = [*sums.tolist(), float(norm)]  # here, and only here, the host waits for the device
     loss, targets = nll / batch.weight_sum, batch.target_tokens
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise DivergedError.at(
@@ -46,6 +50,4 @@ def step(net: PreTrainedModel, optimizer: MasterAdamW, batch: Batch, *, lr: floa
             f"loss {loss:.4g}, gradient norm {grad_norm:.4g}, rate {lr:g}: not finite; the update was not applied",
             "lower train.lr, or look at the rows of this step with `instil inspect`",
         )
-    scale = clip_norm / grad_norm if clip_norm and grad_norm > clip_norm else 1.0
-    optimizer.update(lr=lr, grad_scale=scale)
-    return StepStats(loss, grad_norm, right / targets, targets, batch.computed_tokens)
+    return StepStats(loss, grad_norm, right / targets, entropy / batch.weight_sum, targets, batch.computed_tokens)
