@@ -67,8 +67,8 @@ def measure(steps: int, batch: int, allocator: str) -> dict[str, object]:
         train = open_store(Path(folder) / "packs")[0]["train"]
         net = load_model(locate("demo", need_weights=True).path, dtype=torch.float32, device=cpu).train()
         optimizer = MasterAdamW(net, dtype=torch.bfloat16, weight_decay=0.0)
-        plan = plan_steps(train.lengths, batch, fitting_tokens(net, torch.bfloat16, cpu))
-        loader = Loader(train, train.lengths, plan, seed=0)
+        plan = plan_steps(train.prefixes, batch, fitting_tokens(net, torch.bfloat16, cpu))
+        loader = Loader(train, train.prefixes, plan, seed=0)
         seconds, cpu_seconds, computed, targets = [], [], [], []
         for i in range(WARM_UP_STEPS + steps):
             data = loader.batch(i)

@@ -13,6 +13,7 @@ ROUNDS = 2000  # of exchanges between packs that are too full and others,
 ALL_LOOKS = 20_000_000  # at pairs of examples in all rounds together,
 MOST_LOOKS = 200_000  # and in one
 MOST_PER_PACK = 512  # examples: an exchange looks at all pairs; packs of more examples are even without
+PATIENCE = 250  # rounds without a helpful exchange
 STRIDE = 7919  # packs between one partner and the next
 
 
@@ -73,11 +74,11 @@ def _exchange(held: Indices, size: Indices, sums: Indices, capacity: int) -> Non
 
     Packs meet in turn, another pair each time; of many packs at once only some of their examples are looked at.
     """
-    columns, looks = len(size), 0
+    columns, looks, helped = len(size), 0, 0
     for turn in range(ROUNDS):
         over, under = np.flatnonzero(sums > capacity), np.flatnonzero(sums < capacity)
         n = min(len(over), len(under))
-        if not n or looks > ALL_LOOKS:
+        if not n or looks > ALL_LOOKS or turn - helped > PATIENCE:
             return
         over = over[np.argsort(-sums[over], kind="stable")[:n]]
         under = under[(turn * STRIDE + np.arange(n)) % len(under)]
@@ -89,6 +90,9 @@ def _exchange(held: Indices, size: Indices, sums: Indices, capacity: int) -> Non
         excess = excess.reshape(-1, n)
         best = excess.argmin(0)
         helps = excess[best, np.arange(n)] < sums[over] - capacity
+        if not helps.any():
+            continue
+        helped = turn
         a, b = np.divmod(best[helps], columns)
         a, o, u = mine[a], over[helps], under[helps]
         moved = size[a, o] - size[b, u]

@@ -47,7 +47,8 @@ def plan_steps(
 
     With packs of `limit_tokens` a step would need k of them; the capacity is the least at which all examples fit into
     steps * k packs, so that packs are even and no step is left with a remainder. Packs are never cut, so a step may hold
-    a few examples more or less than the mean; its loss is divided by what it holds, exactly.
+    a few examples more or less than the mean; its loss is divided by what it holds, exactly. What is drawn together
+    (bundle.py) is not cut for it: where rows have more turns than a step would hold examples, there are fewer steps.
     """
     chosen = np.arange(len(prefixes.lengths)) if chosen is None else chosen
     steps = max(1, round(len(chosen) / batch_examples))
@@ -55,10 +56,13 @@ def plan_steps(
     def packed(capacity: int) -> list[Indices]:
         return Bundles(prefixes, chosen, capacity, batch_examples, seed, 0).packs()
 
+    families = Bundles(prefixes, chosen, limit_tokens, batch_examples, seed, 0)
+    steps = min(steps, len(families.count))
     largest = packed(limit_tokens)
     tokens = int(computed_tokens(prefixes, largest).sum())
     wanted = steps * math.ceil(len(largest) / steps)
-    least = min(limit_tokens, max(1, math.ceil(tokens / wanted)))
+    whole = families.tokens[(families.count > 1) & (families.tokens <= limit_tokens)].max(initial=1)
+    least = min(limit_tokens, max(int(whole), math.ceil(tokens / wanted)))
     capacity, packs = _least_capacity(lambda c: len(packed(c)), least, limit_tokens, len(largest), wanted)
     steps = min(steps, most_steps or steps)
     return StepPlan(capacity, max(packs, steps), steps, batch_examples, limit_tokens)
