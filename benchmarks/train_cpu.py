@@ -92,6 +92,12 @@ def measure(steps: int, batch: int, allocator: str) -> dict[str, object]:
     }
 
 
+def own_peak_bytes() -> int:
+    """The most resident memory of this process since it began; ru_maxrss would begin with its parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+
+
 def machine() -> str:
     """Processor, cores, and whether it has AMX, which decides the speed of bf16."""
     info = Path("/proc/cpuinfo")

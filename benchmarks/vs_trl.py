@@ -8,7 +8,7 @@ conversations of ten turns, which TRL trains as one sequence with all answers as
 tokens and the same targets, already tokenised: preparing data is benchmarks/data.py's race.
 
 First the losses: 20 steps of a little of every kind, the same rows in the same order, in float32 (every step within
-1e-4) and in bf16 (as near to float32 as TRL's own bf16 is, within a factor of 2). If they disagree there are no speeds.
+1e-4) and in bf16 (as near to float32 as TRL's bf16 is, within a factor of 1.5). If they disagree there are no speeds.
 Then the speeds, against TRL tuned and TRL as it comes: each trainer in a process of its own, one running at a time,
 A-B-B-A, two warm-up steps not counted, every pair on rows of its own that both train on entirely. --sweep looks for
 TRL's best settings (order of rows, packing, precision, micro-batch); they are kept and used by later races.
@@ -42,7 +42,7 @@ WARM_UP_STEPS = 2
 RANKS = {"full": 0, "lora": 16}
 RATES = {"full": 2e-5, "lora": 2e-4}
 FP32_TOLERANCE = 1e-4  # nats per target token, at every step
-BF16_FACTOR = 2.0  # bf16: instil's distance from float32 may be at most so many times TRL's
+BF16_FACTOR = 1.5  # bf16: instil's distance from float32 may be at most so many times TRL's
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sweep", action="store_true", help="look for TRL's best settings first")
     parser.add_argument("--sweep-steps", type=int, help="of a try; the workload's own without")
     parser.add_argument("--parity-only", action="store_true")
-    parser.add_argument("--parity-steps", type=int, default=20)
+    parser.add_argument("--parity-steps", type=int, default=20, help="fewer only to try the script")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--memory-gb", type=float, help="a worker may use; without it 60%% of what is free now")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "vs_trl.json")
@@ -242,8 +242,9 @@ def compared(fp32: dict[str, list[float]], bf16: dict[str, list[float]]) -> dict
     """How far losses are apart, largest and mean, and whether that is near enough.
 
     float32, in which both must be the same, is the measure of bf16: what rounding makes of instil's losses may be at most
-    BF16_FACTOR times what it makes of TRL's. TRL's ways of cutting a step into micro-batches round alike (they share the
-    rounded weights), so their distance from each other says how repeatable TRL is, not how exact; it is recorded.
+    BF16_FACTOR times what it makes of TRL's, and the two may not be farther apart than TRL is from float32. TRL's ways of
+    cutting a step into micro-batches share the rounded weights, so they round alike: how far they are apart says how
+    repeatable TRL is, not how exact. That narrower bound is recorded (`within_trl_noise`), not asked for.
     """
     exact = fp32["trl"]
     ours, *trl = bf16.values()
@@ -256,8 +257,10 @@ def compared(fp32: dict[str, list[float]], bf16: dict[str, list[float]]) -> dict
         "bf16_trl_to_itself": farthest([apart(a, b) for a, b in itertools.combinations(trl, 2)]),
     }
     agree = differences["fp32"]["largest"] < FP32_TOLERANCE
-    agree &= all(error[kind] <= BF16_FACTOR * allowed[kind] for kind in error)
-    return {"differences": differences, "agree": agree}
+    apart_bf16, noise = differences["bf16_instil_to_trl"], differences["bf16_trl_to_itself"]
+    agree &= all(error[kind] <= BF16_FACTOR * allowed[kind] and apart_bf16[kind] <= allowed[kind] for kind in error)
+    within = all(apart_bf16[kind] <= noise[kind] for kind in noise)
+    return {"differences": differences, "agree": agree, "within_trl_noise": within}
 
 
 def apart(a: list[float], b: list[float]) -> dict[str, float]:
@@ -276,7 +279,8 @@ def told(found: dict[str, Any]) -> str:
     shown = {name: f"{d['largest']:.1e} (mean {d['mean']:.1e})" for name, d in found["differences"].items()}
     return (
         f"losses {'agree' if found['agree'] else 'DISAGREE'}: float32 within {shown['fp32']}; bf16 from float32: instil "
-        f"{shown['bf16_instil_to_fp32']}, TRL {shown['bf16_trl_to_fp32']}; bf16 of both apart {shown['bf16_instil_to_trl']}"
+        f"{shown['bf16_instil_to_fp32']}, TRL {shown['bf16_trl_to_fp32']}; in bf16 instil is "
+        f"{shown['bf16_instil_to_trl']} from TRL, TRL {shown['bf16_trl_to_itself']} from itself in other micro-batches"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from instil.model.load import hidden_states, load_model
 from instil.pack.mix import Mix
 from instil.pack.tree import build_pack
 from instil.plan import Work, mix_of
+from instil.run import Listener
 from instil.train import loop
 from instil.train.loss import pack_loss
 from instil.train.optim import MasterAdamW
@@ -401,6 +403,22 @@ def test_the_command_takes_what_train_takes(place: Path) -> None:
                 "packing_efficiency", "flops", "peak_memory_bytes", "seconds"}  # fmt: skip
     assert contract <= found.keys()
     assert found["rows"] == found["examples"] == 40
+
+
+def test_what_does_not_fit_is_computed_again(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with less memory than a run needs, layers keep only their inputs; plan and run say so; the result is
+    the same to the bit."""
+    whole = instil.train(configure("run.name=whole"))
+    usual = forecast(configure(), measure=False)
+    monkeypatch.setattr(sys.modules["instil.forecast"], "machine_bytes", lambda device: 1_000_000)
+    lines: list[str] = []
+    less = forecast(configure(), measure=False, say=lines.append)
+    said: list[str] = []
+    run = instil.train(configure(), listener=Listener(say=said.append))
+    for each in (lines, said):
+        assert any("layers are computed again in the backward pass" in line for line in each), each
+    assert less.peak_memory_bytes < usual.peak_memory_bytes
+    assert (run / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
 
 
 def test_people_see_a_table(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,6 +187,20 @@ def test_a_changed_model_is_refused(file: str, what: str, place: Path, configure
     assert refused.value.lines()[0].startswith(f"{run}: the {what} has changed since the run began; ")
 
 
+def test_a_run_with_other_packs_is_refused(configure: Configure) -> None:
+    """What a version that packed otherwise began would go on with other batches: exit 2, and the run is untouched."""
+    run = stopped_at(2, configure())
+    manifest = json.loads((run / "manifest.json").read_text())
+    del manifest["packing"]  # as the first versions left it
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    tree = tiny.tree(run)
+    with pytest.raises(UsageError) as refused:
+        instil.train(configure())
+    assert refused.value.exit_code == 2
+    assert refused.value.lines()[0].startswith(f"{run}: was begun by a version of instil that packs examples otherwise")
+    assert tiny.tree(run) == tree
+
+
 def test_a_resumed_run_keeps_its_rows(place: Path, configure: Configure) -> None:
     """What was too long for the model at the start is so when the run goes on, though the pack was chosen meanwhile.
 

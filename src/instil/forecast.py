@@ -25,7 +25,7 @@ from instil.model.head import BLOCK_ROWS, chunk_rows
 from instil.model.load import device_named, load_model, read_config, refuse_lengths, refuse_recurrent
 from instil.model.locate import check_folder, locate
 from instil.model.machine import release_free_memory, set_up_machine
-from instil.model.memory import fitting_tokens
+from instil.model.memory import compute_layers_again, computes_layers_again, fitting_tokens, machine_bytes
 from instil.pack.bins import Indices
 from instil.pack.loader import Loader
 from instil.pack.plan import computed_tokens, packs_in_order
@@ -43,6 +43,7 @@ from instil.plan import (
     work_of_run,
 )
 from instil.prepare import Prepared, data_digests, open_chat, prepare
+from instil.report.quantities import size
 from instil.resolve import resolve
 from instil.train.loss import learn
 from instil.train.optim import MasterAdamW
@@ -173,27 +174,66 @@ def activation_bytes(
     *,
     adapted: bool,
     device: torch.device = CPU,
+    again: bool = False,
 ) -> float:
-    """Of a pack: what the layers save, a chunk of logits, and the head's gradient in float32 and in `dtype`."""
+    """Of a pack: what the layers save, a chunk of logits, and the head's gradient in float32 and in `dtype`.
+
+    again: only the inputs of the layers are kept, and one layer's activations at a time.
+    """
     projection: Any = net.get_output_embeddings()
     vocabulary = projection.weight.shape[0]
     saved = saved_bytes_per_token(net, dtype) * pack_tokens * (FROZEN_SHARE if adapted else 1.0)
+    if again:
+        c = net.config.get_text_config()
+        saved = saved / c.num_hidden_layers + dtype.itemsize * c.num_hidden_layers * c.hidden_size * pack_tokens
     rows = min(chunk_rows(vocabulary, device), target_tokens)
     logits = vocabulary * (dtype.itemsize * rows + 4 * 2 * (rows if device.type == "cuda" else min(rows, BLOCK_ROWS)))
     return saved + logits + (0 if adapted else projection.weight.numel() * (4 + dtype.itemsize))
 
 
-def peak_memory(
-    work: Planned, net: PreTrainedModel, device: torch.device, *, resident_bytes: int, file_bytes: int = 0
+MOST_OF_MACHINE = 0.9
+
+
+def fitted_memory(
+    work: Planned,
+    net: PreTrainedModel,
+    device: torch.device,
+    say: Callable[[str], None],
+    *,
+    resident_bytes: int,
+    file_bytes: int = 0,
 ) -> int:
-    """The most memory of the run: of the GPU its tensors, of the CPU the whole process.
+    """`peak_memory`; where that is more than the machine has, the layers are computed again in the backward pass."""
+    needed = peak_memory(work, net, device, resident_bytes=resident_bytes, file_bytes=file_bytes)
+    room = machine_bytes(device)
+    if needed <= MOST_OF_MACHINE * room:
+        return needed
+    compute_layers_again(net)
+    less = peak_memory(work, net, device, resident_bytes=resident_bytes, file_bytes=file_bytes, again=True)
+    say(
+        f"activations would need {size(needed)} of the machine's {size(room)}: layers are computed again in the backward "
+        f"pass, which needs about {size(less)} and takes about 1.3 times as long"
+    )
+    return less
+
+
+def peak_memory(
+    work: Planned,
+    net: PreTrainedModel,
+    device: torch.device,
+    *,
+    resident_bytes: int,
+    file_bytes: int = 0,
+    again: bool = False,
+) -> int:
+    """The most memory of the run: of the GPU its tensors, of the CPU the whole process. again: as of `activation_bytes`.
 
     resident_bytes: of the process before the model is loaded; file_bytes: of the weights, mapped while they are converted.
     """
     config, adapted = work.config, bool(work.config.adapter.rank)
     dtype = DTYPES[config.train.precision]
     tokens, targets = most_at_once(work)
-    activations = activation_bytes(net, dtype, tokens, targets, adapted=adapted, device=device)
+    activations = activation_bytes(net, dtype, tokens, targets, adapted=adapted, device=device, again=again)
     weights = weight_bytes(net, dtype)
     if device.type == "cuda":
         return int(weights + activations)
@@ -246,7 +286,7 @@ class Pace:
     load_s: float
 
 
-def measured_pace(work: Planned, folder: Path, costs: Costs, device: torch.device) -> Pace:
+def measured_pace(work: Planned, folder: Path, costs: Costs, device: torch.device, *, again: bool = False) -> Pace:
     """Load the model as a run does, and train on some packs of the plan at rate 0: the median pace after the first."""
     began = time.perf_counter()
     config, adapted = work.config, bool(work.config.adapter.rank)
@@ -257,6 +297,8 @@ def measured_pace(work: Planned, folder: Path, costs: Costs, device: torch.devic
         add_lora(net, config.adapter, config.model, config.train.seed)
     optimizer = MasterAdamW(net, dtype=dtype, weight_decay=0.0)
     net.train()
+    if again:
+        compute_layers_again(net)
     load_s = time.perf_counter() - began
     packs = [pack for step in work.loader.packs(0) for pack in step]
     paces, updates = [], []
@@ -350,13 +392,13 @@ def forecast(config: Config, *, measure: bool = True, say: Callable[[str], None]
         net = shapes(model.path, config, int(data.train.lengths.max()))
         work = planned(config, data, net, device, run_name(config))
         costs = costs_of(net, adapted=bool(config.adapter.rank))
-        size = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
-        memory = peak_memory(work, net, device, resident_bytes=resident, file_bytes=size)
+        stored = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
+        memory = fitted_memory(work, net, device, say, resident_bytes=resident, file_bytes=stored)
         untimed = _untimed(model.path, measure)
         pace = None
         if not untimed:
             say("measuring some packs with the model on this machine (--no-measure leaves it out)")
-            pace = measured_pace(work, model.path, costs, device)
+            pace = measured_pace(work, model.path, costs, device, again=computes_layers_again(net))
         return _forecast(config, work, costs, memory, pace, untimed, rows, prepare_s)
 
 

@@ -12,11 +12,12 @@ import torch
 from transformers import PreTrainedModel
 
 from instil.config import Config, dump_config
-from instil.errors import DataError, ModelError, Problem
+from instil.errors import DataError, ModelError, Problem, UsageError
 from instil.folder import RunFolder, machine_facts, write_atomically, write_json
 from instil.model.locate import ModelFolder
 from instil.model.machine import peak_memory_bytes
 from instil.pack.loader import Loader
+from instil.pack.plan import PACKING
 from instil.plan import SourceUse, source_uses
 from instil.prepare import Chat, Prepared
 from instil.train.loop import Progress
@@ -33,6 +34,7 @@ def identity(model: ModelFolder, chat: Chat, digests: dict[str, str]) -> dict[st
         "template_sha256": chat.template.digest,
         "data_sha256": digests,
         "date": str(chat.template.today),
+        "packing": PACKING,
     }
 
 
@@ -53,10 +55,16 @@ def began_on(run: RunFolder) -> str | None:
 
 
 def refuse_changed(run: RunFolder, now: dict[str, Any]) -> None:
-    """Raise where the data (exit 3) or the model, tokenizer or template (exit 4) is not what the run began with."""
+    """Raise where the data (exit 3), the model, tokenizer or template (exit 4), or how examples are packed (exit 2) is not
+    what the run began with."""
     if not run.manifest.exists():
         return
     before = orjson.loads(run.manifest.read_bytes())
+    if before.get("packing", 1) != now["packing"]:
+        what = "was begun by a version of instil that packs examples otherwise, so it would go on with other batches"
+        raise UsageError.at(
+            run.path, what, "finish it with that version, choose another run.name, or start over with --fresh"
+        )
     for key, name in (("model", "model"), ("tokenizer_sha256", "tokenizer"), ("template_sha256", "template")):
         if before[key] != now[key]:
             raise ModelError(Problem(str(run.path), f"the {name} has changed since the run began", GO_BACK))

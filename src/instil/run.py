@@ -14,7 +14,7 @@ from instil.compiling import settled
 from instil.config import Config
 from instil.evaluate.likelihood import answer_loss
 from instil.folder import RunFolder, append_metrics, claim, keep_metrics_through, read_metrics, write_json
-from instil.forecast import DTYPES, compared, peak_memory, planned, predicted, resident_bytes
+from instil.forecast import DTYPES, compared, fitted_memory, planned, predicted, resident_bytes
 from instil.model.adapters import add_lora, merged, save_adapter
 from instil.model.export import export_model, write_folder
 from instil.model.load import device_named, load_model
@@ -70,7 +70,7 @@ def train(config: Config, *, fresh: bool = False, listener: Listener | None = No
         optimizer = MasterAdamW(net, dtype=dtype, weight_decay=config.train.weight_decay)
         work = settled(planned(config, data, net, device, run.path.name), net, optimizer, tell.say)
         config, steps = work.config, work.steps
-        expected = predicted(work, peak_memory(work, net, device, resident_bytes=resident))
+        expected = predicted(work, fitted_memory(work, net, device, tell.say, resident_bytes=resident))
         write_record(run, config, what, data, net)
         for line in announcement(config, data, net, work.loader, steps):
             tell.say(line)

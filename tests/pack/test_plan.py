@@ -298,7 +298,7 @@ def digest_of(prefixes: Prefixes, plan: StepPlan) -> str:
 
 def test_the_order_of_a_run_never_changes_unnoticed() -> None:
     """Digests of three epochs, with and without sharing. A change of packing changes them: a run that an earlier version
-    began would then resume on other packs, so that is to be decided, and said in CHANGELOG.md, not to happen."""
+    began would then resume on other packs, so PACKING is raised then, and runs of before are refused."""
     plain = Prefixes.none(np.arange(200) * 37 % 91 + 5)
     plan = plan_steps(plain, 8, 300)
     assert (plan, digest_of(plain, plan)) == (

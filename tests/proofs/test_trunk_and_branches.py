@@ -11,6 +11,7 @@ import torch
 
 from instil.model.adapters import add_lora
 from instil.model.attention import attention
+from instil.model.memory import compute_layers_again, computes_layers_again
 from instil.model.tree_attention import tree_attention
 from instil.pack import tree
 from instil.pack.tree import build_pack
@@ -107,6 +108,22 @@ def test_an_adapter_learns_the_same(tiny: Any, cut: Pack) -> None:
     expected = learnt(net, replace(cut, cuts=()))
     assert all("lora" in name for name in expected[3])
     assert same(learnt(net, cut), expected)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_layers_computed_again_learn_the_same(tiny: Any, cut: Pack, rank: int) -> None:
+    """Only the inputs of layers are kept: the same numbers to the bit, for the whole pack and in parts."""
+    net = model(tiny, "llama", rank)
+    for pack in (cut, replace(cut, cuts=())):
+        expected = learnt(net, pack)
+        compute_layers_again(net)
+        found = learnt(net, pack)
+        assert computes_layers_again(net)
+        for module in net.modules():
+            if computes_layers_again(module):
+                module.gradient_checkpointing = False
+        assert found[:3] == expected[:3]
+        assert all(torch.equal(found[3][name], gradient) for name, gradient in expected[3].items())
 
 
 def test_an_evaluation_gives_the_same(tiny: Any, cut: Pack) -> None:

@@ -147,6 +147,8 @@ def _through_interface(backend: Backend) -> Any:
 
 
 def _put(keep: KeysAndValues, module: nn.Module, key: Tensor, value: Tensor) -> None:
+    if keep.closed:
+        return
     if id(module) in keep:
         raise _refused(module, "is used twice in one pass, so a trunk cannot be computed once", "use another model")
     keep[id(module)] = key, value

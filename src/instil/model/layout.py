@@ -23,7 +23,14 @@ from torch import Tensor
 from instil.types import Pack
 
 T = TypeVar("T")
-KeysAndValues = dict[int, tuple[Tensor, Tensor]]  # by id of the layer: key [1, K, n, D] and value [1, K, n, E]
+
+
+class KeysAndValues(dict[int, tuple[Tensor, Tensor]]):
+    """key [1, K, n, D] and value [1, K, n, E] by id of the attention layer; closed: a layer that runs again, because its
+    activations are computed again for the backward pass, leaves nothing."""
+
+    closed: bool = False
+
 
 BATCH_TOKENS = 256  # segments up to this long share kernel calls on the CPU; longer ones keep its cores busy alone
 BATCH_WASTE = 0.07  # share of a call's tokens that may be padding

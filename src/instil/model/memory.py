@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -23,6 +25,29 @@ def activation_bytes_per_token(net: PreTrainedModel, dtype: torch.dtype) -> floa
     wide = getattr(c, "intermediate_size", None) or getattr(c, "n_inner", None) or 4 * d
     size = torch.empty((), dtype=dtype).element_size()
     return EAGER * size * c.num_hidden_layers * (4 * d + (2 * heads + 2 * kv) * head_dim + 3 * wide)
+
+
+def machine_bytes(device: torch.device) -> int:
+    """The memory that a run may use: of the GPU, or of the machine, less where the process's control group has less."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            total = min(total, int(Path(file).read_text()))
+    return total
+
+
+def compute_layers_again(net: PreTrainedModel) -> None:
+    """Keep of each layer only its input; the backward pass computes the layer again (Chen et al. 2016): the same numbers,
+    1.3 times the time."""
+    enable = getattr(net, "activation_checkpointing_enable", None) or net.gradient_checkpointing_enable  # of older ones
+    enable({"use_reentrant": False})
+
+
+def computes_layers_again(net: PreTrainedModel) -> bool:
+    """Whether `compute_layers_again` was called."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in net.modules())
 
 
 def fitting_tokens(net: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> int:

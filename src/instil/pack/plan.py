@@ -13,6 +13,7 @@ from instil.pack.bundle import Bundles
 from instil.pack.prefixes import Prefixes
 from instil.pack.tree import LEAST_TRUNK
 
+PACKING = 2  # recorded with a run; another one whenever the same examples, plan and seed give other packs
 FINER = 1.005  # the next larger capacity that is tried
 
 

@@ -26,13 +26,14 @@ def trunk_and_branches(net: PreTrainedModel, pack: Pack, share_of: Callable[[Ten
     """
     learning = torch.is_grad_enabled()
     device = next(net.parameters()).device
-    kept: KeysAndValues = {}
+    kept = KeysAndValues()
     trunk = _between(pack, 0, pack.cuts[0])
     hidden = hidden_states(net, trunk, replace(layout_of(trunk, device), keep=kept))
+    kept.closed = True
     own = weighted_nll(hidden, head_of(net), Triples.of_pack(trunk, device))
     sums = [own.nll.detach(), own.right, own.entropy]
     leaves = {layer: _Leaf(*each) for layer, each in kept.items()}
-    given = {layer: leaf.tensors for layer, leaf in leaves.items()}
+    given = KeysAndValues({layer: leaf.tensors for layer, leaf in leaves.items()})
     for begin, end in pairwise(pack.cuts):
         branches = _between(pack, begin, end)
         layout = layout_of_branches(pack, begin, end, given, device)
