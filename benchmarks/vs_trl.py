@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from race.settings import DEFAULT, KNOWN_BEST, STAGES, Setting, choices
-from race.worker import RaceError, Worker, trl_python, versions
+from race.worker import EndedError, RaceError, Worker, trl_python, versions
 from race.workloads import PARITY, WORKLOADS, Data, Workload, data_of
 from train_cpu import machine
 
@@ -242,9 +242,9 @@ def compared(fp32: dict[str, list[float]], bf16: dict[str, list[float]]) -> dict
     """How far losses are apart, largest and mean, and whether that is near enough.
 
     float32, in which both must be the same, is the measure of bf16: what rounding makes of instil's losses may be at most
-    BF16_FACTOR times what it makes of TRL's, and the two may not be farther apart than TRL is from float32. TRL's ways of
-    cutting a step into micro-batches share the rounded weights, so they round alike: how far they are apart says how
-    repeatable TRL is, not how exact. That narrower bound is recorded (`within_trl_noise`), not asked for.
+    BF16_FACTOR times what it makes of TRL's. TRL's ways of cutting a step into micro-batches share the rounded weights, so
+    they round alike: how far they are apart says how repeatable TRL is, not how exact. That narrower bound is recorded
+    (`within_trl_noise`), not asked for.
     """
     exact = fp32["trl"]
     ours, *trl = bf16.values()
@@ -258,7 +258,7 @@ def compared(fp32: dict[str, list[float]], bf16: dict[str, list[float]]) -> dict
     }
     agree = differences["fp32"]["largest"] < FP32_TOLERANCE
     apart_bf16, noise = differences["bf16_instil_to_trl"], differences["bf16_trl_to_itself"]
-    agree &= all(error[kind] <= BF16_FACTOR * allowed[kind] and apart_bf16[kind] <= allowed[kind] for kind in error)
+    agree &= all(error[kind] <= BF16_FACTOR * allowed[kind] for kind in error)
     within = all(apart_bf16[kind] <= noise[kind] for kind in noise)
     return {"differences": differences, "agree": agree, "within_trl_noise": within}
 
@@ -313,6 +313,8 @@ def one_try(
         with ground.theirs(mode, data, *laid_out(data, setting, runs, steps, rows)) as worker:
             worker.run(0)
             found = worker.run(1)
+    except EndedError:
+        raise
     except RaceError as error:
         return {"failed": str(error)}
     return {"target_tokens_per_s": found["target_tokens"] / found["wall_s"], "run": found, "load": os.getloadavg()[0]}

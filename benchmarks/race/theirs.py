@@ -86,7 +86,7 @@ def main() -> None:
     config, steps = dict(job["config"]), sum(job["steps"])
     if config.get("packing"):  # packs, not rows, are dealt to the steps: as many to each as the data gives
         packs = len(pack_dataset(data.select_columns(["input_ids", "labels"]), config["max_length"], "bfd"))
-        config["gradient_accumulation_steps"] = max(1, packs // steps // config["per_device_train_batch_size"])
+        config["gradient_accumulation_steps"] = max(1, round(packs / steps / config["per_device_train_batch_size"]))
     args = SFTConfig(output_dir=job["scratch"], max_steps=steps, **NEEDED, **({"max_length": None} | config))
     lora = None
     if job["rank"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,10 @@ HERE = Path(__file__).parent
 
 class RaceError(Exception):
     """What went wrong, in one line."""
+
+
+class EndedError(RaceError):
+    """A worker was told to end from outside (Ctrl-C, SIGTERM): that says nothing about its settings."""
 
 
 class Worker:
@@ -33,7 +38,8 @@ class Worker:
             text=True, env=os.environ | {
                 "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false",
                 "GOMP_SPINCOUNT": "100000",  # threads that wait sleep after 0.1 ms, in both trainers
-                "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(scratch / "datasets"), "CUDA_VISIBLE_DEVICES": "",
+                "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "CUDA_VISIBLE_DEVICES": "",
+                "HF_DATASETS_CACHE": str(scratch / "datasets"),
             },
         )  # fmt: skip
         try:
@@ -57,6 +63,10 @@ class Worker:
             found: dict[str, Any] = json.loads(line)
             return found
         code = self._process.wait()
+        if code in (-signal.SIGINT, -signal.SIGTERM):
+            raise EndedError(f"{self.name}: was ended by {signal.Signals(-code).name}")
+        if code < 0:
+            raise RaceError(f"{self.name}: was ended by {signal.Signals(-code).name} (SIGKILL: most often for memory)")
         self._errors.seek(0)
         said = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
         raise RaceError(f"{self.name}: {said[-1][:300] if said else f'ended with code {code}, saying nothing'}")

@@ -153,17 +153,18 @@ def weight_bytes(net: PreTrainedModel, dtype: torch.dtype) -> int:
 
 
 def saved_bytes_per_token(net: PreTrainedModel, dtype: torch.dtype) -> float:
-    """What the layers keep of a token for the backward pass: size * L * (nd + 4Hh + 4f), n = 10 in bfloat16, 7 in float32.
+    """What the layers keep of a token for the backward pass: size * L * (nd + 2(H + K)h + 4f); n = 10 in bfloat16, else 7.
 
-    Two norms (with float32 copies where that is another type) and the inputs of the projections nd; q, k, v (repeated to
-    all heads) and the output 4Hh; gate, up, SiLU and product 4f.
+    Two norms (with float32 copies where that is another type) and the inputs of the projections nd; q, k, v and the output
+    2(H + K)h; gate, up, SiLU and product 4f.
     """
     c = net.config.get_text_config()
     d, heads = c.hidden_size, c.num_attention_heads
     width = getattr(c, "head_dim", None) or d // heads
     wide = getattr(c, "intermediate_size", None) or getattr(c, "n_inner", None) or 4 * d
     norms = 7 if dtype == torch.float32 else 10
-    return dtype.itemsize * c.num_hidden_layers * (norms * d + 4 * heads * width + 4 * wide)
+    shared = getattr(c, "num_key_value_heads", None) or heads
+    return dtype.itemsize * c.num_hidden_layers * (norms * d + 2 * (heads + shared) * width + 4 * wide)
 
 
 def activation_bytes(
@@ -176,7 +177,7 @@ def activation_bytes(
     device: torch.device = CPU,
     again: bool = False,
 ) -> float:
-    """Of a pack: what the layers save, a chunk of logits, and the head's gradient in float32 and in `dtype`.
+    """Of a pack: what the layers save, a chunk of logits, and the head's gradient (in float32 too where it has chunks).
 
     again: only the inputs of the layers are kept, and one layer's activations at a time.
     """
@@ -188,7 +189,8 @@ def activation_bytes(
         saved = saved / c.num_hidden_layers + dtype.itemsize * c.num_hidden_layers * c.hidden_size * pack_tokens
     rows = min(chunk_rows(vocabulary, device), target_tokens)
     logits = vocabulary * (dtype.itemsize * rows + 4 * 2 * (rows if device.type == "cuda" else min(rows, BLOCK_ROWS)))
-    return saved + logits + (0 if adapted else projection.weight.numel() * (4 + dtype.itemsize))
+    chunks = target_tokens > chunk_rows(vocabulary, device)  # whose shares of the head's gradient add up in float32
+    return saved + logits + (0 if adapted else projection.weight.numel() * (dtype.itemsize + 4 * chunks))
 
 
 MOST_OF_MACHINE = 0.9
