@@ -64,7 +64,7 @@ from instil.chat.certificate import certify
 from instil.chat.pairs import make_examples
 from instil.data.mixture import load_conversations
 from instil.model.locate import locate
-from instil.pack.store import publish
+from instil.pack.store import publish_examples
 from instil.prepare import chat_options, configured, open_chat, sources
 file, model, out, template, kind = sys.argv[1:6]
 config = configured([file], model)

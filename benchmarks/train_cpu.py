@@ -51,7 +51,7 @@ def measure(steps: int, batch: int, allocator: str) -> dict[str, object]:
     from instil.model.memory import fitting_tokens
     from instil.pack.loader import Loader
     from instil.pack.plan import plan_steps
-    from instil.pack.store import open_store, publish
+    from instil.pack.store import open_store, publish_examples
     from instil.prepare import examples
     from instil.train.loop import RELEASE_EVERY_STEPS
     from instil.train.optim import MasterAdamW
@@ -63,7 +63,7 @@ def measure(steps: int, batch: int, allocator: str) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         generator = HERE.parent / "examples" / "demo" / "data.py"
         subprocess.run([sys.executable, generator, folder, "--train", "1280", "--heldout", "20"], check=True)
-        publish(Path(folder) / "packs", {"train": examples([f"{folder}/train.jsonl"], "demo")}, {})
+        publish_examples(Path(folder) / "packs", {"train": examples([f"{folder}/train.jsonl"], "demo")}, {})
         train = open_store(Path(folder) / "packs")[0]["train"]
         net = load_model(locate("demo", need_weights=True).path, dtype=torch.float32, device=cpu).train()
         optimizer = MasterAdamW(net, dtype=torch.bfloat16, weight_decay=0.0)

@@ -70,6 +70,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sweep", action="store_true", help="look for TRL's best settings first")
     parser.add_argument("--sweep-steps", type=int, help="of a try; the workload's own without")
     parser.add_argument("--parity-only", action="store_true")
+    parser.add_argument(
+        "--keep-parity", action="store_true", help="losses compared before, with these versions, will do"
+    )
     parser.add_argument("--parity-steps", type=int, default=20, help="fewer only to try the script")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--memory-gb", type=float, help="a worker may use; without it 60%% of what is free now")
@@ -111,6 +114,9 @@ def race_all(given: argparse.Namespace) -> None:
         given.out.write_text(json.dumps(record, indent=1) + "\n")
 
     for mode in given.modes:
+        found = record.get("parity", {}).get(mode)
+        if given.keep_parity and found and found["agree"] and found["about"]["versions"] == about["versions"]:
+            continue
         found = parity(ground, mode, given.parity_steps)
         keep("parity", mode, None, found)
         say(f"{mode}: {told(found)}")
@@ -131,7 +137,9 @@ def race_all(given: argparse.Namespace) -> None:
                 for against in given.against:
                     setting, why = DEFAULT, "as it comes"
                     if against == "tuned":
-                        setting, why = best(record.get("sweeps", {}).get(mode, {}).get(name), about, workload.rows)
+                        setting, why = best(
+                            record.get("sweeps", {}).get(mode, {}).get(name), about, workload.rows, data
+                        )
                     found = race(ground, mode, workload, data, setting, given.rounds)
                     found |= {"setting": setting.as_dict(), "chosen": why, "data": data.data.told}
                     keep("races", mode, f"{name} against {against}", found)
@@ -160,13 +168,13 @@ class Prepared:
 
 def prepared(workload: Workload, rows: int, folder: Path, gsm8k: Path | None = None) -> Prepared:
     """The rows of a workload made and written, for instil as stored examples and for TRL as JSON."""
-    from instil.pack.store import publish
+    from instil.pack.store import publish_examples
 
     try:
         data = data_of(workload, rows, folder, seed=0, gsm8k=gsm8k)
     except ValueError as error:
         raise RaceError(str(error)) from error
-    publish(folder / "packs", {"train": data.examples}, {})
+    publish_examples(folder / "packs", {"train": data.examples}, {})
     file = folder / "trl.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in data.rows))
     return Prepared(data, file, folder / "packs")
@@ -289,7 +297,7 @@ def sweep(ground: Ground, mode: str, workload: Workload, data: Prepared, steps: 
     rows = workload.rows
     start = rows * WARM_UP_STEPS
     runs = [list(range(rows)), list(range(start, start + rows * steps))]
-    winner, tried = replace(KNOWN_BEST, batch=min(KNOWN_BEST.batch, rows)), {}
+    winner, tried = KNOWN_BEST.fitting(rows, data.data.told["longest_tokens"]), {}
     for stage in STAGES:
         for setting in choices(winner, rows, stage):
             if str(setting) in tried:
@@ -329,11 +337,12 @@ def laid_out(
     return ordered, steps, setting.config(rows, max(lengths))
 
 
-def best(found: dict[str, Any] | None, about: dict[str, Any], rows: int) -> tuple[Setting, str]:
+def best(found: dict[str, Any] | None, about: dict[str, Any], rows: int, data: Prepared) -> tuple[Setting, str]:
     """The winner of a sweep on this machine with steps of this size, else what is known to be good."""
     if found and found["about"]["machine"] == about["machine"] and found["rows_per_step"] == rows:
         return Setting(**found["best"]), f"best of the sweep of {found['about']['date']}"
-    return replace(KNOWN_BEST, batch=min(KNOWN_BEST.batch, rows)), "its best CPU setting in an earlier study, not swept"
+    fitting = KNOWN_BEST.fitting(rows, data.data.told["longest_tokens"])
+    return fitting, "its best CPU setting in an earlier study, as many rows at a time as fit; not swept"
 
 
 def race(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,13 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", GPT2),  # learned positions, tied
     "gpt2-untied": ("gpt2", GPT2 | {"tie_word_embeddings": False}),
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _listening() -> None:
+    """A shell starts what is in the background with Ctrl-C ignored, and Python leaves it so: here it counts."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

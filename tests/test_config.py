@@ -279,7 +279,7 @@ CONFIGS = st.fixed_dictionaries(
         "checkpoint.every_s": st.floats(1e-9, 1e12),
         "run.dir": WORDS,
     },
-)
+).map(lambda values: values | {"adapter.rank": 4} if values.get("adapter.targets") else values)
 
 
 @settings(deadline=None, max_examples=60)

@@ -14,6 +14,7 @@ import pytest
 import tiny
 from instil.config import NAME, Config, load_config
 from instil.errors import MachineError, ModelError, UsageError
+from instil.files import write_atomically
 from instil.folder import (
     RunFolder,
     append_metrics,
@@ -22,7 +23,6 @@ from instil.folder import (
     machine_facts,
     named,
     run_name,
-    write_atomically,
     write_json,
 )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from instil.errors import DataError, MachineError, UsageError
 from instil.model.compiled import decoder_layers
 from instil.pack.store import open_store
 from instil.plan import loader_of
+from instil.train.spikes import Spikes
 from instil.types import KINDS, Example
 
 STEPS_PER_EPOCH = 5  # 38 training rows of 40, 8 examples a step
@@ -521,6 +523,23 @@ def _(bench: Bench) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@knob("train.spikes")
+def _(bench: Bench) -> None:
+    class Leap(Spikes):
+        def __init__(self, recent: Sequence[float]):
+            super().__init__(recent)
+            self.limit = 0.0 if len(recent) == 4 else float("inf")  # the fifth step leaps
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["instil.train.loop"], "Spikes", Leap)
+        warned, skipped = bench.run("train.spikes=warn"), bench.run("train.spikes=skip")
+    assert same_weights(warned, bench.base)
+    assert not same_weights(skipped, bench.base)
+    assert [r["step"] for r in tiny.metrics_of(skipped) if r.get("skipped")] == [5]
+    assert read(warned, "summary.json")["spikes"] == {"steps": 1, "left_out": 0}
+    assert read(skipped, "summary.json")["spikes"] == {"steps": 1, "left_out": 1}
+
+
 @knob("train.seed")
 def _(bench: Bench) -> None:
     run = bench.run("train.seed=1")
@@ -589,22 +608,22 @@ def _(bench: Bench) -> None:
 @knob("checkpoint.every_steps")
 def _(bench: Bench) -> None:
     run = bench.run("checkpoint.every_steps=3", "checkpoint.keep=9")
-    assert checkpoints(run) == ["step-000003", "step-000006", "step-000009"]
-    assert not (bench.base / "checkpoints").exists()
+    assert checkpoints(run) == ["step-000003", "step-000006", "step-000009", "step-000010"]
+    assert checkpoints(bench.base) == ["step-000010"]
     assert same_weights(run, bench.base)
 
 
 @knob("checkpoint.every_s")
 def _(bench: Bench) -> None:
     run = bench.run("checkpoint.every_s=1e-9", "checkpoint.keep=99")
-    assert checkpoints(run) == [f"step-{step:06d}" for step in range(1, 10)]  # the last step becomes the model
+    assert checkpoints(run) == [f"step-{step:06d}" for step in range(1, 11)]
 
 
 @knob("checkpoint.keep")
 def _(bench: Bench) -> None:
     for keep in (1, 2):
         run = bench.run("checkpoint.every_steps=3", f"checkpoint.keep={keep}")
-        assert checkpoints(run) == ["step-000006", "step-000009"][-keep:]
+        assert checkpoints(run) == ["step-000009", "step-000010"][-keep:]
 
 
 # ── where and on what ────────────────────────────────────────────────────────────────────────────────────────────────

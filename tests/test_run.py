@@ -150,7 +150,7 @@ def test_a_harmless_setting_may_change(configure: Configure) -> None:
     run, said = train(configure("checkpoint.keep=5", "checkpoint.every_steps=2", "evaluate.examples=1"))
     assert "resumed after step 3" in said
     assert weights(run) == weights(whole)
-    assert len(list((run / "checkpoints").iterdir())) == 4  # 3, 4, 6, 8 of 10 steps
+    assert len(list((run / "checkpoints").iterdir())) == 5  # 3, 4, 6, 8 and 10
 
 
 def test_changed_data_is_refused(place: Path, configure: Configure) -> None:
@@ -162,7 +162,10 @@ def test_changed_data_is_refused(place: Path, configure: Configure) -> None:
     with pytest.raises(DataError) as refused:
         instil.train(configure())
     assert refused.value.exit_code == 3
-    assert refused.value.lines()[0].startswith(f"{place / 'a.jsonl'}: has changed since the run in {run} began; ")
+    file = place / "a.jsonl"
+    assert refused.value.lines()[0].startswith(
+        f"{file}: has changed since the run in {run} began: {file}:41 is new, 1 "
+    )
     assert tiny.tree(run) == tree
 
 
@@ -184,7 +187,7 @@ def test_a_changed_model_is_refused(file: str, what: str, place: Path, configure
     with pytest.raises(ModelError) as refused:
         instil.train(configure())
     assert refused.value.exit_code == 4
-    assert refused.value.lines()[0].startswith(f"{run}: the {what} has changed since the run began; ")
+    assert refused.value.lines()[0].startswith(f"{run}: the {what} has changed since the run began (")
 
 
 def test_a_run_with_other_packs_is_refused(configure: Configure) -> None:
@@ -240,7 +243,7 @@ def test_a_run_cut_off_after_its_model_ends_the_same(
         with pytest.raises(KeyboardInterrupt):
             train(configure(*how))
     run, said = train(configure(*how))
-    assert "resumed after step 8" in said
+    assert "resumed after step 10" in said
     assert weights(run) == weights(whole)
     assert {path.name for path in run.iterdir()} == {path.name for path in whole.iterdir()}
     assert tiny.without_times(tiny.metrics_of(run)) == tiny.without_times(tiny.metrics_of(whole))
@@ -264,24 +267,15 @@ def test_a_resumed_run_prepares_nothing_again(
 
 
 def test_a_diverged_run_names_the_rows_and_writes_no_model(place: Path, configure: Configure) -> None:
-    """An infinite weight that one row meets: exit 6 at its step, with that row's origin, and no model/."""
-    from safetensors.torch import load_file, save_file
-
-    path = place / "m" / "model.safetensors"
-    tensors = load_file(path)
-    tokenizer = json.loads((place / "m" / "tokenizer.json").read_text())
-    word, poisoned = next((w, i) for w, i in tokenizer["model"]["vocab"].items() if w == "~")
-    tensors["model.embed_tokens.weight"][poisoned] = float("inf")
-    save_file(tensors, path, metadata={"format": "pt"})
-    rows = tiny.some_rows(24)
-    rows[10] = tiny.row(f"say {word}", "red")
-    tiny.write_rows(place / "a.jsonl", rows)
+    """A rate that explodes: exit 6 at the second step, with its row's origin and where the step is kept, and no model/."""
+    settings = ("data.heldout=0", "train.batch_examples=1", "train.clip_norm=0", "train.warmup=0")
     with pytest.raises(DivergedError) as diverged:
-        instil.train(configure("data.heldout=0", "train.batch_examples=1"))
+        instil.train(configure(*settings, "train.lr=10", "train.weight_decay=1"))
     assert diverged.value.exit_code == 6
-    first, second = diverged.value.lines()
+    first, second, third = diverged.value.lines()
     assert "not finite; the update was not applied" in first
-    assert second.endswith(f"its rows: {place / 'a.jsonl'}:11")
+    assert f"its rows, the worst first: {place / 'a.jsonl'}:" in second
+    assert third.startswith(f"{place / 'runs' / 'x' / 'incident'}: holds the step that diverged; `instil replay ")
     run = place / "runs" / "x"
     assert not (run / "model").exists()
     assert not (run / "summary.json").exists()

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 LEAST_CAPACITY_TOKENS = 512  # of a pack; a longer row makes it longer. Its masks grow with the square of it
+MOST_TOKENS = 4096  # of an unswept micro-batch: the logits of all its positions take some 3 MB a token
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Setting:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def fitting(self, rows: int, longest_tokens: int) -> Setting:
+        """This with the largest micro-batch, up to its own, that divides the rows and stays within MOST_TOKENS."""
+        most = max(1, min(self.batch, rows, MOST_TOKENS // longest_tokens))
+        return replace(self, batch=next(batch for batch in range(most, 0, -1) if rows % batch == 0))
 
     def config(self, rows: int, longest_tokens: int) -> dict[str, Any]:
         """What this changes of SFTConfig, for steps of so many rows."""

@@ -10,15 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from instil.errors import Problem, UsageError
+from instil.errors import SECRET, Problem, UsageError, masked
+from instil.yamltext import read_value, read_yaml
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # no names of files on Windows
 
 
 class Section(BaseModel):
@@ -93,6 +93,9 @@ class TrainConfig(Section):
     compile: bool | None = Field(
         None, description="layers through torch.compile; null = where a trial shows that a long run gains from it"
     )
+    spikes: Literal["warn", "skip"] = Field(
+        "warn", description="steps whose loss leaps far above the last ones: named, or named and left out"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="of the order of the data and of new weights")
 
 
@@ -123,6 +126,14 @@ class RunConfig(Section):
     device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto = the first GPU, else the CPU")
     threads: int | None = Field(None, ge=1, le=4096, description="CPU threads; null = all cores")
 
+    @field_validator("name")
+    @classmethod
+    def _no_device(cls, name: str | None) -> str | None:
+        """A folder of such a name could not be copied to every system."""
+        if name is not None and DEVICES.fullmatch(name):
+            raise ValueError("is the name of a device on Windows, where no folder can be called so")
+        return name
+
 
 class Config(Section):
     """model + data + this = a run folder."""
@@ -140,8 +151,13 @@ class Config(Section):
     run: RunConfig = RunConfig()
 
 
-# Keys that do not change what is learnt; all others must stay as they are when a run is resumed.
-HARMLESS = ("evaluate.", "checkpoint.", "run.")
+# Keys that do not change what is learnt, so that a resumed run may have others. All other keys shape the trajectory: they
+# must stay as they were. run.device and run.threads change the order of sums: the run says so once, and goes on.
+HARMLESS = (
+    "evaluate.every_steps", "evaluate.examples", "checkpoint.every_steps", "checkpoint.every_s", "checkpoint.keep",
+    "run.dir", "run.name", "run.device", "run.threads",
+)  # fmt: skip
+UNFORKABLE = ("model", "adapter.rank", "adapter.targets")  # a checkpoint's tensors fit no other
 
 
 def keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -171,17 +187,18 @@ def load_config(file: Path | None, overrides: Sequence[str] = (), given: Mapping
 
     Raises UsageError with every problem at once, each naming its place (file:line: key, or the override) and remedy.
     """
-    tree, places = _read_yaml(file) if file else ({}, {})
+    tree, places = read_yaml(file) if file else ({}, {})
     if isinstance(tree.get("targets"), str):
         tree["targets"] = {"turns": tree["targets"]}
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign or not key:
             raise UsageError.at(text, "is not section.key=value", "write for instance train.lr=2e-5")
-        found = _scalar(text, value)
+        place = _cut(text)
+        found = read_value(value, place)
         key = _in_full(key, found)
-        _set(tree, key, found, text)
-        places[key] = text
+        _set(tree, key, found, place)
+        places[key] = place
     for key, value in (given or {}).items():
         key = _in_full(key, value)
         _set(tree, key, value, f"--{key}")
@@ -197,6 +214,7 @@ def _in_full(key: str, value: Any) -> str:
 def _validated(tree: dict[str, Any], places: Mapping[str, str]) -> Config:
     if isinstance(tree.get("data"), dict) and isinstance(tree["data"].get("train"), str | dict):
         tree["data"]["train"] = [tree["data"]["train"]]
+    secrets = _secrets(tree, places)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -206,11 +224,46 @@ def _validated(tree: dict[str, Any], places: Mapping[str, str]) -> Config:
             problem = _problem(e, known, places)
             if e["type"] != "string_type" or problem.place not in found:  # of `text or number` the number says more
                 found[problem.place] = problem
-        raise UsageError(*found.values()) from None
+        raise UsageError(*found.values(), *secrets) from None
+    if problems := [*_contradictions(config, places), *secrets]:
+        raise UsageError(*problems)
+    return config
+
+
+def _contradictions(config: Config, places: Mapping[str, str]) -> Iterator[Problem]:
+    """Keys that exclude each other: one of them would be passed over in silence."""
     if config.train.batch_tokens and config.train.batch_examples:
         place = places.get("train.batch_tokens", "train.batch_tokens")
-        raise UsageError.at(place, "train.batch_tokens and train.batch_examples are both set", "keep one of them")
-    return config
+        yield Problem(place, "train.batch_tokens and train.batch_examples are both set", "keep one of them")
+    for key, value in (("adapter.alpha", config.adapter.alpha), ("adapter.targets", config.adapter.targets)):
+        if value and not config.adapter.rank:
+            what = f"{key} is set, and adapter.rank is 0, which is full tuning"
+            yield Problem(_place(key, places), what, f"set adapter.rank, for instance to 16, or leave out {key}")
+    most = config.data.heldout_most
+    if isinstance(config.data.heldout, str) and most != DataConfig.model_fields["heldout_most"].default:
+        what = f"data.heldout_most is {most}, and data.heldout is a file, of which all rows are taken"
+        yield Problem(_place("data.heldout_most", places), what, "leave it out, or shorten the file")
+
+
+def _secrets(tree: Mapping[str, Any], places: Mapping[str, str]) -> list[Problem]:
+    """Values that look like credentials: a configuration is written into the run folder, and shared with it."""
+    remedy = "take it out; set HF_TOKEN in the environment, or keep it in a credential store (`hf auth login`)"
+    return [
+        Problem(_place(key, places), f"holds what looks like a credential ({masked(text)})", remedy, "secret")
+        for key, value in flat(tree).items()
+        for text in [key, *_texts(value)]
+        if SECRET.search(text)
+    ]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for pair in value.items() for each in pair for text in _texts(each))
+    elif isinstance(value, list):
+        yield from (text for each in value for text in _texts(each))
 
 
 def _problem(error: Any, known: list[str], places: Mapping[str, str]) -> Problem:
@@ -238,7 +291,13 @@ def _problem(error: Any, known: list[str], places: Mapping[str, str]) -> Problem
     if error["type"] == "missing":
         return Problem(place, "is missing", MISSING.get(key, "set it"), "missing key")
     message = error["msg"].removeprefix("Input ").removeprefix("Value error, ").partition(" or instance of ")[0]
-    return Problem(place, f"{error['input']!r}: {message}", _description(key), "bad value")
+    return Problem(place, f"{_cut(repr(error['input']))}: {message}", _description(key), "bad value")
+
+
+def _cut(text: str) -> str:
+    """Fit for a line: cut where it is long; masked first, as half a credential is one too."""
+    text = masked(text) if len(text) > 200 else text
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 BRANCHES = ("str", "float", "SourceConfig")  # pydantic's names for the kinds that a value may have; no keys
@@ -282,7 +341,16 @@ def _description(key: str) -> str:
         if field is None:
             return "see docs/configuration.md"
         section = field.annotation
-    return f"{key}: {field.description}" if field.description else f"{key} is a section; see docs/configuration.md"
+    if not field.description:
+        return f"{key} is a section; see docs/configuration.md"
+    return f"{key}: {field.description}{_range(field)}"
+
+
+def _range(field: Any) -> str:
+    """What a number may be, from the limits of its key."""
+    words = (("ge", "from"), ("gt", "above"), ("le", "to"), ("lt", "below"))
+    found = [f"{word} {getattr(m, name):g}" for name, word in words for m in field.metadata if hasattr(m, name)]
+    return f" ({' '.join(found)})" if found else ""
 
 
 def _place(key: str, places: Mapping[str, str]) -> str:
@@ -291,61 +359,9 @@ def _place(key: str, places: Mapping[str, str]) -> str:
             return places[key] if "=" in places[key] or places[key].startswith("--") else f"{places[key]}: {key}"
         inside = next((places[k] for k in places if k.startswith(key + ".")), None)
         if inside or "." not in key:
-            return key
+            return inside if inside and "=" in inside else key
         key = key.rpartition(".")[0]
     return key
-
-
-def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The file as nested dicts, and `file:line` of every key."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        override = "an override is written section.key=value, for instance train.lr=2e-5"
-        remedy = "check the path" if file.suffix in (".yaml", ".yml") else override
-        raise UsageError.at(file, f"cannot be read ({error.strerror})", remedy) from None
-    except UnicodeDecodeError:
-        raise UsageError.at(file, "is not UTF-8 text", "save it as UTF-8") from None
-    try:
-        tree = YAML(typ="rt").load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
-        what = str(error.problem or error.context or "not YAML").splitlines()[0]
-        raise UsageError.at(place, what, "mend the YAML") from None
-    except YAMLError as error:
-        raise UsageError.at(file, str(error).splitlines()[0], "mend the YAML") from None
-    if not isinstance(tree, CommentedMap):
-        raise UsageError.at(file, "is not a mapping of keys", "write for instance `model: demo`")
-    places: dict[str, str] = {}
-
-    def plain(node: Any, prefix: str) -> Any:
-        if isinstance(node, CommentedMap):
-            for key in node:
-                places[f"{prefix}{key}"] = f"{file}:{node.lc.key(key)[0] + 1}"
-            return {str(key): plain(value, f"{prefix}{key}.") for key, value in node.items()}
-        if isinstance(node, list):
-            return [plain(value, prefix) for value in node]
-        return _builtin(node)
-
-    return plain(tree, ""), places
-
-
-def _builtin(value: Any) -> Any:
-    """ruamel's number and string classes as Python's own."""
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
-    return value
-
-
-def _scalar(text: str, value: str) -> Any:
-    """The value of an override, by the rules of YAML 1.2."""
-    try:
-        found = YAML(typ="safe", pure=True).load(value)
-    except YAMLError:
-        raise UsageError.at(text, "its value is not YAML", "quote it") from None
-    return found
 
 
 def _set(tree: dict[str, Any], key: str, value: Any, place: str) -> None:

@@ -12,9 +12,20 @@ InstilError                 1  a bug of ours, if ever raised bare
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+# What looks like a credential: tokens of well-known services by their prefixes, a password in an address, a key in a query.
+# Group 1 is what may be shown. Long digits-and-letters are asked for, so that `sk-learn-data` stays a file's name.
+SECRET = re.compile(
+    r"(?<![A-Za-z0-9])(hf_|api_org_)[A-Za-z0-9]{16,}"
+    r"|(?<![A-Za-z0-9])(sk-)(?:[a-z0-9]+-){0,2}(?=[A-Za-z_]*[0-9])[A-Za-z0-9_]{16,}[\w-]*"
+    r"|(?<![A-Za-z0-9])(gh[pousr]_|github_pat_|glpat-|xox[abprs]-)[\w-]{16,}"
+    r"|(?<![A-Za-z0-9])(AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])"
+    r"|(\b[A-Za-z][A-Za-z0-9+.-]{0,31}://)[^\s/?#:@'\"]*:[^\s/?#'\"]*(?=@)"
+    r"|([?&](?i:access_token|token|api_?key|password|secret|sig|signature|x-amz-signature)=)[^&\s'\"]+",
+)
 SHOWN_PER_KIND = 20  # problems of one rule that are printed before only their count is
 
 
@@ -31,7 +42,12 @@ class Problem:
     rule: str = "invalid"
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.what}; {self.remedy}" if self.remedy else f"{self.place}: {self.what}"
+        return masked(f"{self.place}: {self.what}; {self.remedy}" if self.remedy else f"{self.place}: {self.what}")
+
+
+def masked(text: str) -> str:
+    """`text` with *** for what looks like a credential: every text that leaves for a terminal or a log goes through here."""
+    return SECRET.sub(lambda found: "".join(part or "" for part in found.groups()) + "***", text)
 
 
 class InstilError(Exception):

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from instil.config import load_config
 from instil.data.ledger import LedgerEntry, read_ledger
-from instil.errors import DataError, MachineError, UsageError
-from instil.folder import RunFolder
+from instil.errors import DataError, MachineError
+from instil.folder import RunFolder, open_run, read_manifest, read_metrics
 from instil.pack.loader import Loader
 from instil.pack.store import ExampleStore, open_store
 from instil.plan import loader_of, total_steps
@@ -71,9 +70,7 @@ def explain(run: str, row: str) -> Explanation:
 
     Raises UsageError for what is not a run, DataError, with the nearest row, for a row that is not in its ledger.
     """
-    folder = RunFolder(Path(run))
-    if not (folder.config.is_file() and folder.manifest.is_file()):
-        raise UsageError.at(run, "is not the folder of a run that has begun", "give one that `instil train` has made")
+    folder = open_run(run)
     config = load_config(folder.config)
     entry = _entry(read_ledger(folder.ledger), row)
     sides = _sides(folder)
@@ -89,7 +86,7 @@ def explain(run: str, row: str) -> Explanation:
 
 def _sides(folder: RunFolder) -> dict[str, ExampleStore]:
     """The stored examples that the run trains on."""
-    stored = folder.packs / orjson.loads(folder.manifest.read_bytes())["packs"]
+    stored = folder.packs / read_manifest(folder)["packs"]
     if not (stored / "record.json").is_file():
         raise MachineError.at(stored, "the prepared examples are gone", "run its command again to prepare them anew")
     return open_store(stored)[0]
@@ -148,11 +145,4 @@ def _uses(loader: Loader, examples: Sequence[int], steps: int, losses: dict[int,
 
 def _losses(metrics: Path) -> dict[int, float]:
     """The loss of every step that is done; a torn last line is none."""
-    found = {}
-    for line in metrics.read_bytes().splitlines() if metrics.is_file() else ():
-        try:
-            record = orjson.loads(line)
-        except orjson.JSONDecodeError:
-            continue
-        found[record["step"]] = record["loss"]
-    return found
+    return {record["step"]: record["loss"] for record in read_metrics(metrics) if "loss" in record}

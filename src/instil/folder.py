@@ -13,19 +13,21 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import orjson
 
 from instil import __version__
 from instil.config import HARMLESS, Config, flat
-from instil.errors import MachineError, UsageError
+from instil.errors import InstilError, MachineError, UsageError
+from instil.files import make_folder, sweep, write_atomically
 from instil.model.locate import ModelFolder, locate
 
+LOCK = "run.lock"
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "numpy")
 
 
@@ -68,6 +70,14 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def incident(self) -> Path:
+        return self.path / "incident"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
     def summary(self) -> Path:
         return self.path / "summary.json"
 
@@ -85,7 +95,7 @@ def run_name(config: Config) -> str:
     """run.name, or one made from model, data and a digest of all that shapes the result: other settings, other folder."""
     if config.run.name:
         return config.run.name
-    shaping = {k: v for k, v in flat(config.model_dump()).items() if not k.startswith(HARMLESS)}
+    shaping = {k: v for k, v in flat(config.model_dump()).items() if k not in HARMLESS}
     digest = hashlib.sha256(orjson.dumps(shaping, option=orjson.OPT_SORT_KEYS)).hexdigest()[:6]
     first = config.data.train[0]
     file = first if isinstance(first, str) else first.path
@@ -95,16 +105,18 @@ def run_name(config: Config) -> str:
 
 
 @contextlib.contextmanager
-def claim(config: Config, *, fresh: bool) -> Iterator[RunFolder]:
-    """Open the run's folder for one writer. fresh: an older run of that name is moved aside, not deleted.
+def claim(config: Config, *, fresh: bool, say: Callable[[str], None] = lambda line: None) -> Iterator[RunFolder]:
+    """Open the run's folder for one writer, and remove what a process that died left, which is said. fresh: an older run of
+    that name is moved aside, not deleted.
 
     A run that fails before it has a manifest leaves nothing: what this call made is removed, what it moved is put back.
     Raises UsageError for a folder with files that are not a run's, MachineError when another process holds it.
     """
     run = RunFolder(Path(config.run.dir) / run_name(config))
+    _refuse_place(run.path, config)
     if run.path.exists() and not run.path.is_dir():
         raise UsageError.at("run.dir", f"{run.path} is a file", "choose another run.dir or run.name")
-    if run.path.is_dir() and any(run.path.iterdir()) and not (run.path / "run.lock").is_file():
+    if run.path.is_dir() and any(run.path.iterdir()) and not (run.path / LOCK).is_file():
         raise UsageError.at("run.dir", f"{run.path} holds files that are not a run's", "choose another run.name")
     made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
     aside = None
@@ -115,6 +127,9 @@ def claim(config: Config, *, fresh: bool) -> Iterator[RunFolder]:
             run.path.rename(aside)
             locks.enter_context(_locked(run.path))
         try:
+            for place in (run.path, run.packs, run.checkpoints):
+                if left := sweep(place):
+                    say(f"removed from {place} what a process that died left half-written: {', '.join(left)}")
             yield run
         except BaseException:
             if not run.manifest.exists():
@@ -122,25 +137,88 @@ def claim(config: Config, *, fresh: bool) -> Iterator[RunFolder]:
             raise
 
 
+def _refuse_place(folder: Path, config: Config) -> None:
+    """Raise UsageError for a run in or as a folder that is for something else: the root, the home folder, the data's."""
+    there, remedy = folder.resolve(), "choose another run.dir, for instance run.dir=runs"
+    for place, name in (
+        (Path("/"), "the root of the file system"),
+        (Path(os.path.expanduser("~")), "your home folder"),
+    ):
+        if place.resolve() in (there, there.parent):
+            raise UsageError.at("run.dir", f"{place} is {name}, and no folder of runs", remedy, "place")
+    heldout = [config.data.heldout] if isinstance(config.data.heldout, str) else []
+    for source in (*config.data.train, *heldout):
+        data = Path(os.path.expanduser(source if isinstance(source, str) else source.path))
+        inside = data.is_dir() and there.is_relative_to(data.resolve())
+        if inside or (data.is_file() and there == data.resolve().parent):
+            what = f"{folder} is {'in ' if inside else ''}the folder of the data ({data}), which a run would write into"
+            raise UsageError.at("run.dir", what, "choose another run.dir, or give the data as files", "place")
+
+
+def _keep_out_of_git(folder: Path) -> None:
+    """In a git work tree the run ignores itself: weights and data are never committed by accident."""
+    file = folder / ".gitignore"
+    if not file.exists() and any((outer / ".git").exists() for outer in folder.resolve().parents):
+        file.write_text("*\n", encoding="utf-8")
+
+
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Make `folder` where it is absent, and hold its run.lock, which tells others by whom it is held."""
+    """Make `folder` where it is absent, and hold its run.lock, which tells others by whom it is held.
+
+    The lock is the system's (flock): it ends with the process, however that ends.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / "run.lock").open("a+", encoding="utf-8")
+        make_folder(folder)
+        handle = (folder / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
-        raise MachineError.at(folder, f"cannot be written ({error.strerror})", "choose another run.dir") from error
+        raise _unwritable(folder, error) from error
     with handle:
+        if not _taken(handle):
+            raise _in_use(folder, handle)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.seek(0)
-            holder = handle.read().strip() or "another process"
-            raise MachineError.at(folder, f"is in use by {holder}", "wait for it, or stop it") from None
-        handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        handle.flush()
+            handle.truncate(0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            handle.write(f"process {os.getpid()} on {socket.gethostname()} since {since} (boot {_boot()})\n")
+            handle.flush()
+            _keep_out_of_git(folder)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
         yield
+
+
+def refuse_busy(config: Config) -> None:
+    """Raise MachineError where another process holds the run's folder: at once, before anything heavy is loaded."""
+    folder = Path(config.run.dir) / run_name(config)
+    with contextlib.suppress(OSError), (folder / LOCK).open(encoding="utf-8") as handle:
+        if not _taken(handle):
+            raise _in_use(folder, handle)
+
+
+def _taken(handle: TextIO) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _in_use(folder: Path, handle: TextIO) -> InstilError:
+    handle.seek(0)
+    holder = handle.read().strip().partition(" (boot")[0] or "another process"
+    return MachineError.at(folder, f"is in use by {holder}", "wait for it, stop it, or choose another run.name", "lock")
+
+
+def _unwritable(folder: Path, error: OSError) -> InstilError:
+    return MachineError.at(folder, f"cannot be written ({error.strerror})", "choose another run.dir, or free space")
+
+
+def _boot() -> str:
+    """The system's boot id: a process number means nothing after another boot."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown"
 
 
 def _unused(folder: Path) -> Path:
@@ -160,48 +238,74 @@ def _take_back(folder: Path, made: Sequence[Path], aside: Path | None) -> None:
             outer.rmdir()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file is the old one or the new one, never between."""
-    draft = path.with_name(f".{path.name}.tmp")
-    try:
-        with draft.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-
-
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """One JSON document, indented, atomically."""
     write_atomically(path, orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n")
 
 
-def keep_metrics_through(path: Path, step: int) -> None:
-    """Drop the lines after `step`, which the resumed run makes again; and a torn last line."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            if orjson.loads(line)["step"] <= step:
-                kept.append(line.removesuffix(b"\n") + b"\n")
-        except orjson.JSONDecodeError:
-            continue
-    write_atomically(path, b"".join(kept))
+def keep_metrics_through(path: Path, step: int) -> list[str]:
+    """Drop the lines after `step`, which the resumed run makes again, lines twice there, and a torn last line.
+
+    Returns what a user should know: that lines before `step` are missing or unreadable.
+    """
+    kept: dict[int, bytes] = {}
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for line in lines:
+        record = _record(line)
+        if record is not None and record["step"] <= step:
+            kept[record["step"]] = line + b"\n"
+    if path.exists():
+        write_atomically(path, b"".join(kept[number] for number in sorted(kept)))
+    gone = step - len(kept)
+    return [f"{path}: {gone:,} of the {step:,} steps done have no readable line; the history has gaps"] if gone else []
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None where it is torn."""
+    try:
+        found = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a finished run's metrics.jsonl."""
-    return [orjson.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+    """The records of metrics.jsonl; torn lines, as a kill leaves one at the end, are no records."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    return [record for line in lines if (record := _record(line)) is not None]
 
 
 def append_metrics(path: Path, record: Mapping[str, Any]) -> None:
     """One line a step."""
     with path.open("ab") as file:
         file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+
+
+def read_manifest(run: RunFolder) -> dict[str, Any]:
+    """manifest.json of a run that has begun; {} where there is none. Raises MachineError where it cannot be read."""
+    try:
+        found = orjson.loads(run.manifest.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise _damaged(run, str(error)) from None
+    if not isinstance(found, dict):
+        raise _damaged(run, "not an object")
+    return found
+
+
+def _damaged(run: RunFolder, why: str) -> InstilError:
+    return MachineError.at(
+        run.manifest, f"cannot be read ({why})", "put it back from a copy, or start over with --fresh"
+    )
+
+
+def open_run(name: str) -> RunFolder:
+    """The folder of a run that has begun. Raises UsageError for anything else."""
+    run = RunFolder(Path(name))
+    if not (run.config.is_file() and run.manifest.is_file()):
+        raise UsageError.at(name, "is not the folder of a run that has begun", "give one that `instil train` has made")
+    return run
 
 
 def machine_facts() -> dict[str, Any]:
@@ -228,7 +332,7 @@ def named(name: str, *, need_weights: bool) -> Named:
     path = Path(name)
     run = RunFolder(path)
     if path.is_dir() and run.manifest.is_file() and run.config.is_file():
-        manifest = orjson.loads(run.manifest.read_bytes())
+        manifest = read_manifest(run)
         if not run.model.is_dir():
             raise UsageError.at(name, "the run is not finished: it has no model/ yet", "run its command again to go on")
         return Named(locate(str(run.model), need_weights=need_weights), run, str(manifest["model"]["name"]))

@@ -293,8 +293,10 @@ def measured_pace(work: Planned, folder: Path, costs: Costs, device: torch.devic
     began = time.perf_counter()
     config, adapted = work.config, bool(work.config.adapter.rank)
     dtype = DTYPES[config.train.precision]
-    longest = int(work.data.train.lengths.max())
-    net = load_model(folder, dtype=dtype if adapted else torch.float32, device=device, longest_tokens=longest)
+    net = load_model(
+        folder, dtype=dtype if adapted else torch.float32, device=device,
+        longest_tokens=int(work.data.train.lengths.max()), highest_token=work.data.highest_token,
+    )  # fmt: skip
     if adapted:
         add_lora(net, config.adapter, config.model, config.train.seed)
     optimizer = MasterAdamW(net, dtype=dtype, weight_decay=0.0)

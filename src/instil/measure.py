@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from instil.chat.endings import Endings
 from instil.chat.pairs import make_examples
 from instil.chat.turns import ChatOptions
-from instil.config import load_config
+from instil.config import Config, load_config
 from instil.data.mixture import load_conversations
 from instil.data.spec import SourceSpec
 from instil.errors import DataError, UsageError
@@ -21,10 +21,10 @@ from instil.evaluate.generate import Sampling, generate
 from instil.evaluate.likelihood import answer_loss
 from instil.evaluate.tasks import Score, TaskSummary, score, summarise
 from instil.folder import Named, named
-from instil.model.load import device_named, load_model
+from instil.model.load import device_named, load_model, refuse_absent_tokens
 from instil.model.machine import set_up_machine
 from instil.pack.store import open_store
-from instil.prepare import Chat, open_chat, stop_texts
+from instil.prepare import Chat, Prepared, open_chat, stop_texts
 from instil.types import Conversation, Example
 
 ALL = "all"  # the summary over every task
@@ -131,6 +131,8 @@ def evaluate(
     last = list({example.origin: example for example in examples}.values())[:rows]
     chosen = {example.origin for example in last}
     examples = [example for example in examples if example.origin in chosen]
+    highest = max(int(tokens.max(initial=-1)) for e in examples for tokens in (e.prompt_tokens, e.answer_tokens))
+    refuse_absent_tokens(ready.net, ready.chat.folder or model, highest)
     loss = answer_loss(ready.net, examples, pack_tokens=PACK_TOKENS)
     sampling = sampling or Sampling(max_tokens=max(16, 2 * max(len(e.answer_tokens) for e in last)))
     torch.manual_seed(0)  # for sampled answers
@@ -194,3 +196,11 @@ def _examples(found: Named, chat: Chat, data: str | None) -> list[Example]:
     if not len(heldout):
         raise UsageError.at(found.run.path, "this run held no rows out", "give --data FILE")
     return list(heldout)
+
+
+def heldout_measure(net: PreTrainedModel, data: Prepared, config: Config) -> Callable[[], float] | None:
+    """The held-out loss during a run, always on the same first examples; None when nothing is held out."""
+    if data.heldout is None:
+        return None
+    some = [data.heldout[i] for i in range(min(config.evaluate.examples, len(data.heldout)))]
+    return lambda: answer_loss(net, some, pack_tokens=config.pack.tokens or 1).loss

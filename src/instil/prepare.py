@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from instil.chat.template import Template, load_template, named_templates
 from instil.chat.tokenizer import Tokenizer, eos_ids, load_tokenizer
 from instil.chat.turns import ChatOptions
 from instil.config import Config, SourceConfig, load_config
-from instil.data.ledger import LedgerEntry, Side, ledger_counts, write_ledger
+from instil.data.ledger import LedgerEntry, Side, ledger_counts, row_digests, write_ledger
 from instil.data.mixture import Loaded, leaks, load_conversations, source_digests, split_heldout
 from instil.data.spec import SourceSpec
 from instil.errors import DataError, ModelError, Problem, TemplateError
-from instil.folder import RunFolder
+from instil.folder import RunFolder, read_manifest
 from instil.model.locate import locate
-from instil.pack.store import ExampleStore, open_store, publish, store_key
+from instil.pack.store import ExampleStore, damage, open_store, publish_examples, store_key
 from instil.types import Conversation, Example
 from instil.workers import Progress, certified
 
@@ -127,6 +127,11 @@ class Prepared:
     record: dict[str, Any]
     key: str
 
+    @property
+    def highest_token(self) -> int:
+        """The highest token id on either side: the model must have an embedding for it."""
+        return max(side.highest_token for side in (self.train, self.heldout) if side is not None)
+
 
 def prepare(
     config: Config,
@@ -135,20 +140,25 @@ def prepare(
     digests: dict[str, str],
     run: RunFolder,
     progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Prepared:
     """The examples of config.data for the model in `folder`, from `packs/<key>/` when they are there already.
 
     key: digest of data files, tokenizer, template and options; a run that goes on keeps the key that it began with, as
-    the pack that it chose would be another limit. Raises DataError with every problem found.
+    the pack that it chose would be another limit. Stored examples that are not what was written are made anew. Raises
+    DataError with every problem found.
     """
     options = chat_options(config, folder, chat.tokenizer)
     key = _began_with(run) or _key(config, chat, options, digests)
     stored = run.packs / key
-    if not (stored.is_dir() and run.ledger.is_file()):
+    broken = damage(stored) if stored.is_dir() else None
+    if broken:
+        say(f"{stored}: {broken}; the examples are prepared anew")
+    if broken or not (stored.is_dir() and run.ledger.is_file()):
         made = make(config, chat, options, progress)
         made.raise_problems()
         write_ledger(run.ledger, made.entries)
-        publish(stored, made.sides, made.record())
+        publish_examples(stored, made.sides, made.record())
     found, record = open_store(stored)
     return Prepared(found["train"], found["heldout"] if len(found["heldout"]) else None, record, key)
 
@@ -162,7 +172,7 @@ def _key(config: Config, chat: Chat, options: ChatOptions, digests: dict[str, st
 
 def _began_with(run: RunFolder) -> str | None:
     """The key of a run that is there already; that its data is the same is checked (record.py: refuse_changed)."""
-    return orjson.loads(run.manifest.read_bytes()).get("packs") if run.manifest.exists() else None
+    return read_manifest(run).get("packs")
 
 
 @dataclass
@@ -331,6 +341,7 @@ def _fates(side: Side, rows: Sequence[Conversation], pairs: Pairs, options: Chat
     for each in pairs.dropped:
         long[each.origin].append(each)
     wrong = {_origin(problem): problem for problem in pairs.problems}
+    digests = row_digests(rows)
     entries = []
     for origin in dict.fromkeys(row.origin for row in rows):
         examples, dropped = by_row[origin], long[origin]
@@ -349,7 +360,7 @@ def _fates(side: Side, rows: Sequence[Conversation], pairs: Pairs, options: Chat
             LedgerEntry(
                 origin, "dropped" if not examples else "split" if dropped else "cut" if cut else "used", side,
                 len(examples), sum(len(e.prompt_tokens) for e in examples), sum(len(e.answer_tokens) for e in examples),
-                cut, sum(each.prompt_tokens + each.answer_tokens for each in dropped), rule, reason,
+                cut, sum(each.prompt_tokens + each.answer_tokens for each in dropped), rule, reason, digests[origin],
             )
         )  # fmt: skip
     return entries

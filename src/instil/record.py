@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
 import torch
 from transformers import PreTrainedModel
 
-from instil.config import Config, dump_config
+from instil.config import Config, dump_config, flat, load_config
 from instil.errors import DataError, ModelError, Problem, UsageError
-from instil.folder import RunFolder, machine_facts, write_atomically, write_json
+from instil.files import sha256_of, sha256_of_files, write_atomically
+from instil.folder import RunFolder, machine_facts, read_manifest, write_json
 from instil.model.locate import ModelFolder
 from instil.model.machine import peak_memory_bytes
 from instil.pack.loader import Loader
@@ -22,8 +23,6 @@ from instil.plan import SourceUse, source_uses
 from instil.prepare import Chat, Prepared
 from instil.train.loop import Progress
 from instil.train.schedule import rate_warning
-
-GO_BACK = "put it back, choose another run.name, or start over with --fresh"
 
 
 def identity(model: ModelFolder, chat: Chat, digests: dict[str, str]) -> dict[str, Any]:
@@ -39,27 +38,26 @@ def identity(model: ModelFolder, chat: Chat, digests: dict[str, str]) -> dict[st
 
 
 def _fingerprint(folder: Path) -> str:
-    """sha256 over config.json and the name, size and header of each weight file: cheap, and blind only to value edits."""
-    digest = hashlib.sha256()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        with file.open("rb") as f:
-            size = int.from_bytes(f.read(8), "little") if file.suffix == ".safetensors" else file.stat().st_size
-            f.seek(0)
-            digest.update(f"{file.name} {file.stat().st_size} ".encode() + f.read(8 + size))
-    return digest.hexdigest()
+    """sha256 over config.json and every weight file, all of it: a run never goes on from other weights unnoticed."""
+    files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
+    named = zip((file.name for file in files), sha256_of_files(files), strict=True)
+    return hashlib.sha256(" ".join(f"{name} {digest}" for name, digest in named).encode()).hexdigest()
 
 
 def began_on(run: RunFolder) -> str | None:
     """The date that a template saw when the run began, for templates that ask."""
-    return orjson.loads(run.manifest.read_bytes())["date"] if run.manifest.exists() else None
+    return read_manifest(run).get("date")
 
 
-def refuse_changed(run: RunFolder, now: dict[str, Any]) -> None:
+def refuse_changed(run: RunFolder, now: Mapping[str, Any], config: Config, difference: Callable[[str], str]) -> None:
     """Raise where the data (exit 3), the model, tokenizer or template (exit 4), or how examples are packed (exit 2) is not
-    what the run began with."""
-    if not run.manifest.exists():
+    what the run began with. Files with other names and the same content are the same data.
+
+    difference: where the rows of a changed file begin to differ, in words.
+    """
+    before = read_manifest(run)
+    if not before:
         return
-    before = orjson.loads(run.manifest.read_bytes())
     if before.get("packing", 1) != now["packing"]:
         what = "was begun by a version of instil that packs examples otherwise, so it would go on with other batches"
         raise UsageError.at(
@@ -67,22 +65,89 @@ def refuse_changed(run: RunFolder, now: dict[str, Any]) -> None:
         )
     for key, name in (("model", "model"), ("tokenizer_sha256", "tokenizer"), ("template_sha256", "template")):
         if before[key] != now[key]:
-            raise ModelError(Problem(str(run.path), f"the {name} has changed since the run began", GO_BACK))
-    changed = [f for f, digest in now["data_sha256"].items() if before["data_sha256"].get(f, digest) != digest]
-    if changed:
-        raise DataError(*(Problem(f, f"has changed since the run in {run.path} began", GO_BACK) for f in changed))
+            what = f"the {name} has changed since the run began ({_differing(before[key], now[key])})"
+            raise ModelError(Problem(str(run.path), what, ways_out(run)))
+    old, new = before["data_sha256"], now["data_sha256"]
+    if list(old.values()) == list(new.values()):
+        return
+    files = [file for file, digest in new.items() if old.get(file, digest) != digest]
+    gone, come = [file for file in old if file not in new], [file for file in new if file not in old]
+    if (
+        not files
+        and flat(load_config(run.config).model_dump())["data.train"] != flat(config.model_dump())["data.train"]
+    ):
+        what = f"the run in {run.path} has {', '.join(old)}, now {', '.join(new)}, which hold other rows"
+        raise UsageError.at("data.train", what, ways_out(run, "data.train=..."))
+    problems = [
+        Problem(f, f"has changed since the run in {run.path} began: {difference(f)}", ways_out(run)) for f in files
+    ]
+    problems += [Problem(f, f"is gone since the run in {run.path} began", ways_out(run)) for f in gone]
+    problems += [Problem(f, f"is new since the run in {run.path} began", ways_out(run)) for f in come]
+    order = Problem(str(run.path), "its data files are in another order than when it began", ways_out(run))
+    raise DataError(*(problems or [order]))
 
 
-def write_record(run: RunFolder, config: Config, now: dict[str, Any], data: Prepared, net: PreTrainedModel) -> None:
-    """config.yaml and manifest.json."""
+def _differing(before: Any, now: Any) -> str:
+    """What differs of two identities, in a few characters."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        parts = [f"{key} {_short(before.get(key))} -> {_short(now[key])}" for key in now if before.get(key) != now[key]]
+        return ", ".join(parts)
+    return f"sha256 {_short(before)} -> {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) == 64 else text
+
+
+def ways_out(run: RunFolder, setting: str = "") -> str:
+    """What one can do about a run that would not be the same run any more."""
+    fork = f"`instil fork {run.path} NAME{' ' + setting if setting else ''}` goes on from it as another run"
+    return f"put it back, start over with --fresh, or {fork}"
+
+
+def write_record(
+    run: RunFolder, config: Config, now: Mapping[str, Any], data: Prepared, numerics: Mapping[str, Any], step: int
+) -> list[str]:
+    """config.yaml and manifest.json; returns what has changed of the machine and the libraries since the run began, which
+    is said once and kept in the manifest. step: updates done so far."""
     head = "# The resolved configuration of this run; `instil train` on it makes the same run again.\n"
-    write_atomically(run.config, (head + dump_config(config)).encode())
-    device = next(net.parameters()).device
-    numerics = {"device": str(device), "precision": config.train.precision, "threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        numerics["device_name"] = torch.cuda.get_device_name(device)
+    before = read_manifest(run)
+    current = {"numerics": dict(numerics), **machine_facts()}
+    changed = _changed(before, current) if step else []
+    changes = [*before.get("changes", []), *([{"after_step": step, "what": changed}] if changed else [])]
     record = {"certificate": data.record["certificate"], "rows": data.record["rows"], "packs": data.key}
-    write_json(run.manifest, {**now, **record, "numerics": numerics, **machine_facts()})
+    write_atomically(run.config, (head + dump_config(config)).encode())
+    write_json(run.manifest, {**now, **record, **current, "run": _itself(run, before), "changes": changes})
+    return changed
+
+
+def numerics_of(config: Config, net: PreTrainedModel) -> dict[str, Any]:
+    """What the numbers of a run depend on beside the libraries: the same on resume, the same bits."""
+    device = next(net.parameters()).device
+    found = {"device": str(device), "precision": config.train.precision, "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        found["device_name"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Each version, and each part of the machine, that is not what it was."""
+    pairs = []
+    for part in ("versions", "numerics"):
+        old = before.get(part, {})
+        pairs += [(key, old.get(key), value) for key, value in now[part].items() if old.get(key, value) != value]
+    return [f"{key} {old} -> {new}" for key, old, new in pairs]
+
+
+def _itself(run: RunFolder, before: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's id. A folder that was moved keeps it, a copy gets its own: a copy is another inode."""
+    inode = run.path.stat().st_ino
+    known = before.get("run") or {}
+    if known.get("inode") == inode:
+        return dict(known)
+    made = {"id": secrets.token_hex(8), "inode": inode}
+    return {**made, "copied_from": known["id"]} if known else made
 
 
 def announcement(config: Config, data: Prepared, net: PreTrainedModel, loader: Loader, steps: int) -> list[str]:
@@ -99,7 +164,8 @@ def announcement(config: Config, data: Prepared, net: PreTrainedModel, loader: L
         f"{heldout:,} held out; {int(data.train.prompt_tokens.sum()):,} prompt and "
         f"{int(data.train.answer_tokens.sum()):,} answer tokens",
         f"{parameters / 1e6:,.1f}M parameters, {trainable / 1e6:,.1f}M trained ({kind}); rate {t.lr:g} {t.schedule}, "
-        f"{t.epochs} epochs, {steps:,} steps of about {batch}, packs of up to {config.pack.tokens:,} tokens",
+        f"{t.epochs} epoch{'' if t.epochs == 1 else 's'}, {steps:,} steps of about {batch}, packs of up to "
+        f"{config.pack.tokens:,} tokens",
     ]
     lines += mix_lines(source_uses(config, loader, data.train)) if loader.mixed is not None else []
     lines += [f"note: {note}" for note in data.record["notes"]]
@@ -119,10 +185,10 @@ def mix_lines(uses: Sequence[SourceUse]) -> list[str]:
 
 
 def summary(
-    config: Config, progress: Progress, data: Prepared, seconds: float, expected: Mapping[str, Any]
+    config: Config, progress: Progress, data: Prepared, seconds: float, expected: Mapping[str, Any], run: RunFolder
 ) -> dict[str, Any]:
-    """The final numbers. expected: what was planned. loss_before and loss_after: nats per target token on the held-out
-    examples of the run."""
+    """The final numbers. expected: what was planned; files: sha256 of the result. loss_before and
+    loss_after: nats per target token on the held-out examples of the run."""
     losses = {int(step): loss for step, loss in progress.heldout.items()}
     return {
         "steps": progress.step,
@@ -137,7 +203,14 @@ def summary(
         "train_seconds": progress.seconds,
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
+        "spikes": {"steps": progress.spikes, "left_out": progress.skipped},
         "rows": data.record["rows"],
+        "files": {
+            f"{folder.name}/{name}": digest
+            for folder in (run.model, run.adapter)
+            if folder.is_dir()
+            for name, digest in sorted(sha256_of(folder).items())
+        },
         "account": {**data.record["account"], "run": _run_account(progress, expected)},
     }
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from instil.config import HARMLESS, Config, flat, load_config
+from instil.config import HARMLESS, UNFORKABLE, Config, SourceConfig, flat, load_config
 from instil.errors import Problem, UsageError
+from instil.folder import RunFolder
 from instil.model.adapters import default_alpha
 from instil.pack.plan import StepPlan
 from instil.pack.store import ExampleStore
@@ -24,16 +28,36 @@ def recorded(config: Config, file: Path) -> Config:
         return config
     before = flat(load_config(file).model_dump())
     now = flat(config.model_dump())
-    problems = []
+    problems, settings = [], []
     for key, value in now.items():
         if value is None:
             now[key] = before.get(key)
-        elif value != before.get(key) and not key.startswith(HARMLESS):
-            what = f"the run in {file.parent} has {before.get(key)!r}, now {value!r}"
-            problems.append(Problem(key, what, "set it back, choose another run.name, or start over with --fresh"))
+        elif not (key in HARMLESS or _same(key, value, before.get(key))):
+            problems.append(Problem(key, f"the run in {file.parent} has {before.get(key)!r}, now {value!r}", ""))
+            settings.append(shlex.quote(f"{key}={json.dumps(value, ensure_ascii=False)}"))  # JSON is YAML
     if problems:
-        raise UsageError(*problems)
+        fork = f"`instil fork {file.parent} NAME {' '.join(settings)}` goes on from it as another run"
+        if any(problem.place in UNFORKABLE for problem in problems):
+            fork = f"begin another run with run.name=NAME (`instil fork` keeps {', '.join(UNFORKABLE)})"
+        ways = f"set {'it' if len(problems) == 1 else 'them'} back, start over with --fresh, or {fork}"
+        raise UsageError(*problems[:-1], replace(problems[-1], remedy=ways))
     return load_config(None, given=now)
+
+
+def _same(key: str, value: Any, before: Any) -> bool:
+    """Whether a value is what the run began with; of data only how it is used, as what the files hold is compared by
+    their hashes (record.py: refuse_changed)."""
+    if key == "data.heldout" and isinstance(value, str) and isinstance(before, str):
+        return True
+    if key == "data.train" and isinstance(before, list):
+        return [_use(each) for each in value] == [_use(each) for each in before]
+    return bool(value == before)
+
+
+def _use(source: Any) -> dict[str, Any]:
+    """A source without its path."""
+    full = source if isinstance(source, dict) else {"path": source}
+    return {**SourceConfig(**full).model_dump(), "path": ""}
 
 
 def resolve(config: Config, train: ExampleStore, fitting_tokens: int, name: str) -> tuple[Config, StepPlan]:
@@ -57,11 +81,12 @@ def resolve(config: Config, train: ExampleStore, fitting_tokens: int, name: str)
     return full, plan
 
 
-def loop_plan(config: Config, checkpoints: Path, steps: int) -> LoopPlan:
+def loop_plan(config: Config, run: RunFolder, steps: int) -> LoopPlan:
     """What a resolved configuration tells the loop."""
     t, c = config.train, config.checkpoint
     return LoopPlan(
         steps=steps, peak_lr=t.lr or 0.0, schedule=t.schedule, warmup=t.warmup, clip_norm=t.clip_norm,
         measure_every_steps=config.evaluate.every_steps or steps, save_every_steps=c.every_steps,
-        save_every_s=c.every_s, keep=c.keep, checkpoints=checkpoints,
+        save_every_s=c.every_s, keep=c.keep, checkpoints=run.checkpoints,
+        skip_spikes=t.spikes == "skip", incidents=run.incident,
     )  # fmt: skip

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +30,10 @@ from instil.pack.store import ExampleStore, write_examples
 from instil.types import Conversation
 
 SERIAL_ROWS = 4_000  # fewer are done in a second or two; a worker costs 0.1 s
+STARTS = 2  # of a worker for the same rows
 ROWS_AT_ONCE = 2_048  # certified and reported together
+LISTEN_S = 1.0  # a signal that comes just before a wait is handled behind it
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 KINDS_OF_ERROR: dict[str, type[InstilError]] = {kind.__name__: kind for kind in (DataError, ModelError, TemplateError)}
 
 Progress = Callable[[int, int], None]
@@ -111,21 +116,32 @@ class _Job:
     """A worker process. It is a fork: the rows need not be sent. Results come back as JSON, examples as Arrow files."""
 
     def __init__(self, rows: Sequence[Conversation], folder: Path, *with_: Any):
-        self.rows, self.folder = rows, folder
+        self.rows, self.folder, self._with = rows, folder, with_
         self.parts: list[Certified] = []
-        self.done_rows = 0
-        self.reader, writer = multiprocessing.Pipe(duplex=False)
+        self.done_rows = self.starts = 0
         folder.mkdir()
+        self.start()
+
+    def start(self) -> None:
+        """Let a new process take the rows that are not done."""
+        self.starts += 1
+        self.reader, writer = multiprocessing.Pipe(duplex=False)
         context = multiprocessing.get_context("fork")
-        self.process = context.Process(target=_work, args=(rows, folder, writer, with_), daemon=True)
+        arguments = (self.rows, self.done_rows, self.folder, writer, self._with)
+        self.process = context.Process(target=_work, args=arguments, daemon=True)
         self.process.start()
         writer.close()
+
+    @property
+    def short(self) -> bool:
+        """Whether rows are left that no process did."""
+        return self.done_rows < len(self.rows)
 
     def hear(self) -> bool:
         """Take one message; false when the worker has ended. Raises what the worker raised."""
         try:
             said = orjson.loads(self.reader.recv_bytes())
-        except EOFError:
+        except (EOFError, OSError):  # it ended, perhaps in the middle of a message
             return False
         problems = [Problem(**each) for each in said["problems"]]
         if kind := said.get("error"):
@@ -140,9 +156,12 @@ class _Job:
         return True
 
 
-def _work(rows: Sequence[Conversation], folder: Path, writer: Connection, with_: tuple[Any, ...]) -> None:
-    """The life of a worker."""
-    for start in range(0, len(rows), ROWS_AT_ONCE):
+def _work(rows: Sequence[Conversation], begin: int, folder: Path, writer: Connection, with_: tuple[Any, ...]) -> None:
+    """The life of a worker: the rows from `begin` on. It ends with its parent, by the parent's word alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # else it would hold the lock of a run that was killed
+    for start in range(begin, len(rows), ROWS_AT_ONCE):
         some = rows[start : start + ROWS_AT_ONCE]
         try:
             made = _some(some, *with_)
@@ -174,7 +193,7 @@ def _finished(jobs: list[_Job], whole: int, progress: Progress | None) -> list[_
     running = {id(job.reader): (number, job) for number, job in enumerate(jobs)}
     try:
         while running:
-            for reader in wait([job.reader for _, job in running.values()]):
+            for reader in wait([job.reader for _, job in running.values()], LISTEN_S):
                 number, job = running[id(reader)]
                 try:
                     more = job.hear()
@@ -183,6 +202,9 @@ def _finished(jobs: list[_Job], whole: int, progress: Progress | None) -> list[_
                 if not more:
                     del running[id(reader)]
                     job.process.join()
+                    if job.short and number not in errors and job.starts < STARTS:
+                        job.start()  # it was killed, or died; what it had done is here
+                        running[id(job.reader)] = (number, job)
                 if progress is not None:
                     progress(sum(each.done_rows for each in jobs), whole)
     finally:
@@ -192,9 +214,12 @@ def _finished(jobs: list[_Job], whole: int, progress: Progress | None) -> list[_
     if errors:
         raise errors[min(errors)]
     for job in jobs:
-        if job.done_rows != len(job.rows):
-            what = f"a worker that prepares examples ended early (exit {job.process.exitcode})"
-            raise MachineError.at("memory", what, "free memory and run the same command again", "worker")
+        if job.short:
+            code = job.process.exitcode or 0
+            what = f"a worker that prepares examples ended early {STARTS} times (exit {code})"
+            if code < 0:  # by a signal: the system's, most often for memory
+                raise MachineError.at("memory", what, "free memory and run the same command again", "worker")
+            raise InstilError.at(job.rows[job.done_rows].origin, what, "please report it, with this row", "worker")
     return jobs
 
 

@@ -597,7 +597,7 @@ def test_a_run_has_one_writer(refused: Callable[..., str], tmp_path: Path) -> No
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
         line = refused(code=5)
-    assert line == f"{folder}: is in use by process 4711 on elsewhere; wait for it, or stop it"
+    assert line == f"{folder}: is in use by process 4711 on elsewhere; wait for it, stop it, or choose another run.name"
 
 
 def test_a_folder_that_cannot_be_written_is_named(model: Path, data: Path, tmp_path: Path) -> None:
@@ -605,4 +605,6 @@ def test_a_folder_that_cannot_be_written_is_named(model: Path, data: Path, tmp_p
     (tmp_path / "file").write_text("")
     said = tiny.command("train", "--model", model, "--data", data, f"run.dir={tmp_path / 'file'}", "run.name=x")
     assert said.code == 5
-    assert said.err == [f"{tmp_path / 'file' / 'x'}: cannot be written (Not a directory); choose another run.dir"]
+    assert said.err == [
+        f"{tmp_path / 'file' / 'x'}: cannot be written (Not a directory); choose another run.dir, or free space"
+    ]

@@ -223,12 +223,12 @@ def test_version_and_help() -> None:
 
 
 def test_the_run_folder_holds_what_the_design_says(plain: tuple[Path, dict[str, Any]]) -> None:
-    """Each file of the design, its own lock, and nothing half-written. A short run needs no checkpoint."""
+    """Each file of the design, its own lock, its log, and nothing half-written."""
     run, _ = plain
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.yaml", "manifest.json", "ledger.jsonl", "packs", "metrics.jsonl", "model", "summary.json",
-        "report.html", "run.lock",
+        "report.html", "run.lock", "log.txt", "checkpoints",
     }  # fmt: skip
     assert not [path for path in tiny.tree(run) if "tmp" in path or "partial" in path or "trash" in path]
     manifest = json.loads((run / "manifest.json").read_text())

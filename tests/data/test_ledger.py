@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instil.data.ledger import LedgerEntry, in_source_order, ledger_counts, read_ledger, write_ledger
@@ -26,11 +26,12 @@ def test_entries_stand_in_source_order(tmp_path):
     assert [entry.origin for entry in read_ledger(path)] == ["b.jsonl:2", "b.jsonl:9", "b.jsonl:10", "a.jsonl:1"]
     assert path.read_text().splitlines()[3] == (
         '{"origin":"a.jsonl:1","fate":"used","side":"heldout","examples":1,'
-        '"prompt_tokens":5,"answer_tokens":7,"cut_tokens":0,"dropped_tokens":0,"rule":"","reason":""}'
+        '"prompt_tokens":5,"answer_tokens":7,"cut_tokens":0,"dropped_tokens":0,"rule":"","reason":"","digest":""}'
     )
     assert os.listdir(tmp_path) == ["ledger.jsonl"]
 
 
+@settings(deadline=None)  # each example waits for the disk
 @given(
     st.lists(
         st.builds(

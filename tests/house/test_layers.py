@@ -13,13 +13,14 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "instil"
 
 LAYERS = {
-    "errors": 0, "types": 0, "data": 1, "chat": 1, "curate": 2, "pack": 2, "model": 3, "train": 4, "evaluate": 5,
-    "report": 6, "config": 7, "folder": 7, "prepare": 7, "account": 7, "audit": 7, "workers": 7, "resolve": 7,
-    "plan": 7, "forecast": 7, "explain": 7, "record": 7, "measure": 7, "compiling": 7, "run": 7,
+    "errors": 0, "types": 0, "files": 0, "data": 1, "chat": 1, "curate": 2, "pack": 2, "model": 3, "train": 4, "evaluate": 5,
+    "report": 6, "config": 7, "yamltext": 7, "folder": 7, "prepare": 7, "account": 7, "audit": 7, "workers": 7, "resolve": 7,
+    "plan": 7, "forecast": 7, "explain": 7, "record": 7, "measure": 7, "compiling": 7, "difference": 7,
+    "resume": 7, "fork": 7, "replay": 7, "verify": 7, "run": 7,
     "cli": 8, "studio": 8,
 }  # fmt: skip
 ONLY_ZERO = {"data", "chat", "model", "report"}  # these import layer 0 and themselves
-NO_TORCH = {"errors", "types", "data", "chat", "curate", "pack", "report"}
+NO_TORCH = {"errors", "types", "files", "data", "chat", "curate", "pack", "report"}
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 OPTIONAL = {"gguf": "model/gguf.py"}  # optional library: the one file that may import it
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from instil.model.export import export_model, write_folder
+from instil.files import publish
+from instil.model.export import export_model
 from instil.model.head import head_of
 from instil.model.load import hidden_states, load_model
 from instil.pack.tree import build_pack
@@ -128,14 +129,14 @@ def test_equal_models_are_exported_to_equal_bytes(tiny: Any, source: Path, tmp_p
 def test_a_folder_that_fails_to_be_written_leaves_the_old_one(tmp_path: Path) -> None:
     """Old or new, never between, and nothing beside it."""
     out = tmp_path / "model"
-    write_folder(out, lambda folder: (folder / "a").write_text("old") and None)
+    publish(out, lambda folder: (folder / "a").write_text("old") and None)
 
     def fail(folder: Path) -> None:
         (folder / "a").write_text("new")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_folder(out, fail)
+        publish(out, fail)
     assert (out / "a").read_text() == "old"
     assert [f.name for f in tmp_path.iterdir()] == ["model"]
 
@@ -144,6 +145,6 @@ def test_a_folder_written_again_is_replaced_as_a_whole(tmp_path: Path) -> None:
     """No file of the old one is left in it."""
     out = tmp_path / "model"
     for name in ("a", "b"):
-        write_folder(out, lambda folder, name=name: (folder / name).write_text(name) and None)
+        publish(out, lambda folder, name=name: (folder / name).write_text(name) and None)
     assert [f.name for f in out.iterdir()] == ["b"]
     assert [f.name for f in tmp_path.iterdir()] == ["model"]

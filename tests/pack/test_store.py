@@ -13,7 +13,15 @@ import pytest
 
 from instil.pack import store
 from instil.pack.prefixes import Prefixes
-from instil.pack.store import ExampleStore, open_store, publish, store_key, write_examples, write_prefixes
+from instil.pack.store import (
+    ExampleStore,
+    damage,
+    open_store,
+    publish_examples,
+    store_key,
+    write_examples,
+    write_prefixes,
+)
 from instil.types import Example
 
 
@@ -70,7 +78,7 @@ def test_there_is_nothing_beyond_the_end(index: int, tmp_path: Path, examples: l
 
 def test_an_empty_side_is_empty(tmp_path: Path, examples: list[Example]) -> None:
     """A run without held-out rows has a held-out side of length 0."""
-    publish(tmp_path / "packs", {"train": examples, "heldout": []}, {"rows": 21})
+    publish_examples(tmp_path / "packs", {"train": examples, "heldout": []}, {"rows": 21})
     sides, record = open_store(tmp_path / "packs")
     assert sorted(sides) == ["heldout", "train"]
     assert (len(sides["heldout"]), len(sides["train"])) == (0, 21)
@@ -163,7 +171,7 @@ def test_a_start_that_is_off_by_one_is_caught(tmp_path: Path, monkeypatch: pytes
 def test_what_examples_have_in_common_comes_back_as_it_was(tmp_path: Path, examples: list[Example]) -> None:
     """Every field of `Prefixes.of`, with its type, for conversations, copies, and an empty side."""
     some = [*examples, *conversation(6), *conversation(2, 1), *examples[:3]]
-    publish(tmp_path / "packs", {"train": some, "heldout": []}, {})
+    publish_examples(tmp_path / "packs", {"train": some, "heldout": []}, {})
     sides, _ = open_store(tmp_path / "packs")
     for side, expected in (("train", Prefixes.of(some)), ("heldout", Prefixes.of([]))):
         for name in ("lengths", "rank", "common", "family", "turns"):
@@ -194,23 +202,23 @@ def failing(examples: list[Example]) -> Iterator[Example]:
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path, examples: list[Example]) -> None:
     """No folder, no partial folder: the next start prepares the data anew."""
     with pytest.raises(OSError, match="disk full"):
-        publish(tmp_path / "packs", {"train": examples, "heldout": failing(examples)}, {})  # type: ignore[dict-item]
+        publish_examples(tmp_path / "packs", {"train": examples, "heldout": failing(examples)}, {})  # type: ignore[dict-item]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_record_that_cannot_be_written_leaves_nothing(tmp_path: Path, examples: list[Example]) -> None:
     """Also when the data was written already."""
     with pytest.raises(TypeError):
-        publish(tmp_path / "packs", {"train": examples}, {"bad": object()})
+        publish_examples(tmp_path / "packs", {"train": examples}, {"bad": object()})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_publishing_twice_is_harmless(tmp_path: Path, examples: list[Example]) -> None:
-    """The first stays as it is, also for somebody who has it open, and nothing is left beside it."""
-    publish(tmp_path / "packs", {"train": examples}, {"n": 1})
+    """The second takes its place at once; who has the first open still reads it, and nothing is left beside it."""
+    publish_examples(tmp_path / "packs", {"train": examples}, {"n": 1})
     opened = open_store(tmp_path / "packs")[0]["train"]
-    publish(tmp_path / "packs", {"train": examples[:3]}, {"n": 2})
-    assert open_store(tmp_path / "packs")[1] == {"n": 1}
+    publish_examples(tmp_path / "packs", {"train": examples[:3]}, {"n": 2})
+    assert open_store(tmp_path / "packs")[1] == {"n": 2}
     assert same(opened[20], examples[20])
     assert [f.name for f in tmp_path.iterdir()] == ["packs"]
 
@@ -224,12 +232,13 @@ def test_two_runs_that_publish_at_once_both_succeed(
     def overtaken(path: Path, rows: Any) -> None:
         write(path, rows)
         monkeypatch.setattr(store, "write_examples", write)
-        publish(folder, {"train": examples}, {"n": "the other"})
+        publish_examples(folder, {"train": examples}, {"n": "the other"})
 
     monkeypatch.setattr(store, "write_examples", overtaken)
-    publish(folder, {"train": examples}, {"n": "this one"})
+    publish_examples(folder, {"train": examples}, {"n": "this one"})
     monkeypatch.undo()
-    assert open_store(folder)[1] == {"n": "the other"}
+    assert open_store(folder)[1] == {"n": "this one"}
+    assert damage(folder) is None
     assert [f.name for f in tmp_path.iterdir()] == ["packs"]
 
 

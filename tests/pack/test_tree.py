@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from instil.pack import tree
 from instil.pack.tree import LEAST_TRUNK, build_pack
 from instil.types import Batch, Example, Pack
 
@@ -180,8 +181,9 @@ def check_cuts(pack: Pack, limit: int) -> None:
     everybody = [k for k in range(n) if pack.reach[k] == n]
     trunk = next((k for k in range(n) if k not in everybody), n)
     branches = [k for k in range(trunk, n) if pack.positions[k] == trunk]
+    most = max(limit - trunk, tree.LEAST_GROUP)
     if not pack.cuts:
-        assert n <= limit or trunk < LEAST_TRUNK or len(branches) < 2 or n - trunk <= limit
+        assert n <= limit or trunk < LEAST_TRUNK or len(branches) < 2 or n - trunk <= most
         return
     assert n > limit
     assert pack.cuts[0] == trunk >= LEAST_TRUNK
@@ -189,12 +191,20 @@ def check_cuts(pack: Pack, limit: int) -> None:
     assert set(pack.cuts[:-1]) <= set(branches)
     ends = dict(itertools.pairwise([*branches, n]))
     for begin, end in itertools.pairwise(pack.cuts):
-        assert end - begin <= limit or ends[begin] == end
-        assert end == n or ends[end] - begin > limit
+        assert end - begin <= most or ends[begin] == end
+        assert end == n or ends[end] - begin > most
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_groups() -> Iterator[None]:
+    """Groups as small as the packs of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree, "LEAST_GROUP", 8)
+        yield
 
 
 @small
-@given(some_pairs, st.integers(0, 160), st.integers(1, 40))
+@given(some_pairs, st.integers(0, 160), st.integers(1, 200))
 def test_a_pack_that_is_too_large_is_cut_between_its_branches(pairs: Any, head: int, limit: int) -> None:
     """For any branches below 0 to 160 tokens, and any limit; where they are cut changes nothing else of the pack."""
     examples = [
@@ -209,16 +219,17 @@ def test_a_pack_that_is_too_large_is_cut_between_its_branches(pairs: Any, head: 
         assert getattr(pack, name).tolist() == getattr(whole, name).tolist()
 
 
-def test_cuts_by_hand(make_example: Any) -> None:
-    """A trunk of 130 and branches of 1, 1, 3 and 1 tokens, at most 2 at a time: 130, 132, 135, 136."""
+def test_cuts_by_hand(make_example: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trunk of 130 and branches of 1, 1, 3 and 1 tokens, at most 2 at a time beside it: 130, 132, 135, 136."""
+    monkeypatch.setattr(tree, "LEAST_GROUP", 1)
     head = list(range(200, 330))
     examples = [make_example([*head, k], [5] * n) for k, n in ((1, 1), (2, 1), (3, 3), (4, 1))]
-    pack = build_pack(examples, range(4), 2)
+    pack = build_pack(examples, range(4), 132)
     assert pack.cuts == (130, 132, 135, 136)
-    check_cuts(pack, 2)
+    check_cuts(pack, 132)
     for wrong in ((129, 132, 135, 136), (130, 131, 135, 136), (130, 132, 134, 136), (130, 132, 135)):
         with pytest.raises(AssertionError):
-            check_cuts(replace(pack, cuts=wrong), 2)
+            check_cuts(replace(pack, cuts=wrong), 132)
 
 
 def changed(name: str, index: int, by: int) -> Callable[[Pack], Pack]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from instil.model.adapters import add_lora
+from instil.pack import tree
 from instil.pack.tree import build_pack
 from instil.train.loss import learn
 from instil.train.optim import MasterAdamW
@@ -177,19 +178,23 @@ def below_a_trunk() -> list[Example]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rank", [0, 3], ids=["full", "lora"])
-@pytest.mark.parametrize("limit", [12, 40])
-def test_a_tree_in_parts_is_its_pairs_one_by_one(limit: int, rank: int, backend: str, nets: Any) -> None:
+@pytest.mark.parametrize("group", [12, 40])
+def test_a_tree_in_parts_is_its_pairs_one_by_one(
+    group: int, rank: int, backend: str, nets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A pack too large to be computed at once: its trunk, then groups of branches, to the same loss and gradients."""
+    monkeypatch.setattr(tree, "LEAST_GROUP", group)
     net, examples = nets("llama", backend, rank=rank), below_a_trunk()
-    pack = build_pack(examples, range(len(examples)), limit)
+    pack = build_pack(examples, range(len(examples)), 130)
     assert pack.cuts[0] == 130
     assert len(pack.cuts) >= 3, "the oracle must see several groups"
     assert pack.cuts[-1] == len(pack.tokens)
     check(in_packs(net, [pack]), alone(net, examples))
 
 
-def test_a_group_of_branches_left_out_is_caught(nets: Any) -> None:
+def test_a_group_of_branches_left_out_is_caught(nets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same comparison fails when the last group is not computed."""
+    monkeypatch.setattr(tree, "LEAST_GROUP", 12)
     net, examples = nets("llama", "instil_loop"), below_a_trunk()
     pack = build_pack(examples, range(len(examples)), 12)
     with pytest.raises(AssertionError):

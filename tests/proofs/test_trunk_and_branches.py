@@ -47,6 +47,7 @@ def examples() -> list[Example]:
 def cut(monkeypatch: pytest.MonkeyPatch) -> Pack:
     """The pack of `examples`, cut into its trunk and groups of branches of at most 14 tokens."""
     monkeypatch.setattr(tree, "LEAST_TRUNK", 4)
+    monkeypatch.setattr(tree, "LEAST_GROUP", 4)
     pack = build_pack(examples(), range(len(examples())), 14)
     assert pack.cuts[0] == 9
     assert len(pack.cuts) > 3
@@ -199,6 +200,7 @@ def test_a_pack_with_cuts_divides_its_loss_as_others_do(tiny: Any, cut: Pack) ->
 def test_which_packs_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that are larger than the limit and begin alike for long enough; a branch is never cut."""
     monkeypatch.setattr(tree, "LEAST_TRUNK", 4)
+    monkeypatch.setattr(tree, "LEAST_GROUP", 4)
     every = examples()
     size = len(build_pack(every, range(len(every))).tokens)
     assert build_pack(every, range(len(every)), size).cuts == ()
@@ -207,6 +209,7 @@ def test_which_packs_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tree, "LEAST_TRUNK", 10)
     assert build_pack(every, range(len(every)), 14).cuts == ()
     monkeypatch.setattr(tree, "LEAST_TRUNK", 4)
+    monkeypatch.setattr(tree, "LEAST_GROUP", 4)
     for limit in (1, 5, 14, 30):
         pack = build_pack(every, range(len(every)), limit)
         branches = np.flatnonzero(pack.positions == 9).tolist()

@@ -19,7 +19,7 @@ from instil.pack.loader import Loader
 from instil.pack.plan import plan_steps
 from instil.pack.prefixes import Prefixes
 from instil.train import checkpoint
-from instil.train.loop import LoopPlan, Progress, train
+from instil.train.loop import LoopPlan, Progress, Told, train
 from instil.train.optim import MasterAdamW
 from instil.train.schedule import learning_rate
 from instil.types import Example
@@ -46,7 +46,7 @@ class Run:
                 log(record)
 
         given = {"measure": None, "facts": {}} | options
-        return train(self.net, self.optimizer, self.loader, self.plan, self.progress, log=both, **given)
+        return train(self.net, self.optimizer, self.loader, self.plan, self.progress, tell=Told(both), **given)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def resume(run: Run) -> Run:
     """As run.py does it: the newest checkpoint into fresh objects."""
     found = checkpoint.load_latest(run.plan.checkpoints)
     assert found is not None
-    state = found[0]
+    state = found.state
     run.optimizer.load_masters(state.weights)
     run.optimizer.load_state(state.optimizer)
     checkpoint.restore_rng(state.rng)
@@ -100,11 +100,12 @@ def check_same(a: Run, b: Run) -> None:
 
 def interrupted(begin: Any, *kind: Any, stop_at: int = 3) -> Run:
     """A run stopped after `stop_at` steps and resumed in fresh objects; the records of both parts."""
-    first = begin(*kind)
+    apart = begin().plan.checkpoints.with_name("interrupted")
+    first = begin(*kind, checkpoints=apart)
     with pytest.raises(Stopped):
         first.go(lambda record: record["step"] == stop_at and os.kill(os.getpid(), signal.SIGTERM))
     torch.manual_seed(99)  # another process has other random numbers
-    second = resume(begin(*kind))
+    second = resume(begin(*kind, checkpoints=apart))
     second.records = first.records
     second.go()
     return second
@@ -159,10 +160,11 @@ def test_an_incomplete_resume_is_caught(fault: Callable[[Run], None], begin: Any
     """The same comparison fails for moments lost, a step done twice, masters saved in bf16, another order of the data."""
     straight = begin(BF16)
     straight.go()
-    first = begin(BF16)
+    apart = straight.plan.checkpoints.with_name("interrupted")
+    first = begin(BF16, checkpoints=apart)
     with pytest.raises(Stopped):
         first.go(lambda record: record["step"] == 3 and os.kill(os.getpid(), signal.SIGTERM))
-    second = resume(begin(BF16))
+    second = resume(begin(BF16, checkpoints=apart))
     second.records = first.records
     fault(second)
     second.go()
@@ -224,20 +226,20 @@ def saved_steps(run: Run) -> list[int]:
 
 
 def test_it_saves_every_so_many_steps(begin: Any) -> None:
-    """After 2 and 4 of 6; after the last the result is written instead."""
+    """After 2 and 4 of 6, and after the last, so that an export that fails loses nothing; two are kept."""
     run = begin(save_every_steps=2)
     run.go(facts={"data": "a1"})
-    assert saved_steps(run) == [2, 4]
+    assert saved_steps(run) == [4, 6]
     found = checkpoint.load_latest(run.plan.checkpoints)
     assert found is not None
-    assert found[1]["data"] == "a1"
+    assert found.manifest["data"] == "a1"
 
 
 def test_it_saves_by_the_clock_where_no_steps_are_given(begin: Any) -> None:
     """An interval of 0 seconds is over after every step."""
     run = begin(save_every_s=0.0, keep=9)
     run.go()
-    assert saved_steps(run) == [1, 2, 3, 4, 5]
+    assert saved_steps(run) == [1, 2, 3, 4, 5, 6]
 
 
 def test_saving_changes_nothing(begin: Any) -> None:
@@ -316,5 +318,5 @@ def test_a_checkpoint_from_before_the_divergence_is_finite(begin: Any) -> None:
         run.go()
     found = checkpoint.load_latest(run.plan.checkpoints)
     assert found is not None
-    assert found[0].step >= 1
-    assert all(bool(torch.isfinite(t).all()) for t in found[0].weights.values())
+    assert found.state.step >= 1
+    assert all(bool(torch.isfinite(t).all()) for t in found.state.weights.values())

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from instil import __version__
-from instil.cli import chat, check, evaluate, explain, inspect, plan, train
+from instil.cli import chat, check, evaluate, explain, fork, inspect, plan, replay, train, verify
 from instil.cli.console import share_cores
+
+
+class Verb(TyperCommand):
+    """A verb whose options are given once: of two values the last would win in silence. (--data may be given again.)"""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        options = [option for option in given if option.param_type_name == "option" and not option.multiple]
+        for option in dict.fromkeys(options):
+            if options.count(option) > 1:
+                ctx.fail(f"{option.opts[0]} is given {options.count(option)} times; give it once")
+        return super().parse_args(ctx, args)
+
 
 app = typer.Typer(
     name="instil",
@@ -19,8 +33,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, evaluate, chat, plan, inspect, check, explain):
+for verb in (train, evaluate, chat, plan, inspect, check, explain, fork, verify, replay):
     verb.register(app)
+for command in app.registered_commands:
+    command.cls = Verb
 
 
 def _version(wanted: bool) -> None:

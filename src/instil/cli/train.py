@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from instil.cli.console import counter, errors, looked_at, put, put_json, say, step_printer
+from instil.cli.console import counter, errors, looked_at, put, put_json, say, step_printer, unwinding
 
 
 def register(app: typer.Typer) -> None:
@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def train(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[CONFIG.yaml] [section.key=value ...]", help="Configuration.")
+        list[str] | None, typer.Argument(metavar="[CONFIG.yaml|RUN] [section.key=value ...]", help="Configuration.")
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Hub name, folder, .gguf file, run folder's model, or demo.")
@@ -28,9 +28,12 @@ def train(
     fresh: Annotated[bool, typer.Option(help="Start over; an older run of that name is moved aside.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print summary.json on stdout.")] = False,
 ) -> None:
-    """Fine-tune MODEL on the answers in DATA. Run the same command again to resume."""
-    with errors():
+    """Fine-tune MODEL on the answers in DATA. The same command again resumes; so does `instil train RUN`."""
+    with errors(), unwinding():
         config = looked_at(arguments or [], model, template, heldout, config=True, data=data)
+        from instil.folder import refuse_busy
+
+        refuse_busy(config)
         from instil.run import Listener
         from instil.run import train as run_train
 

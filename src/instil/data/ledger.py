@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import orjson
 
 from instil.errors import DataError, MachineError
+from instil.files import write_atomically
+from instil.types import Conversation
 
 Fate = Literal["used", "split", "cut", "dropped"]
 Side = Literal["train", "heldout"]
@@ -23,7 +24,8 @@ class LedgerEntry:
     """The fate of one row: used; split = some of its examples were dropped; cut = old turns left a prompt; dropped.
 
     examples, prompt_tokens and answer_tokens are what it contributes; cut_tokens what left its prompts; dropped_tokens
-    those of its dropped examples. rule and reason say why something was dropped or cut.
+    those of its dropped examples. rule and reason say why something was dropped or cut. digest: of what the row holds, ""
+    where it could not be read.
     """
 
     origin: str
@@ -36,6 +38,7 @@ class LedgerEntry:
     dropped_tokens: int = 0
     rule: str = ""
     reason: str = ""
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,23 +75,30 @@ def write_ledger(path: str | Path, entries: Iterable[LedgerEntry]) -> None:
 
     Raises MachineError when it cannot be written; an older ledger at `path` is then untouched.
     """
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    lines = (orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE) for entry in in_source_order(entries))
     try:
-        try:
-            with open(draft, "wb") as file:
-                for entry in in_source_order(entries):
-                    file.write(orjson.dumps(asdict(entry), option=orjson.OPT_APPEND_NEWLINE))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
-            _sync_folder(path.parent)
-        finally:
-            with suppress(OSError):
-                draft.unlink()
+        write_atomically(Path(path), b"".join(lines))
     except OSError as error:
         what = f"the ledger cannot be written ({error.strerror or error})"
         raise MachineError.at(path, what, "free space or fix the permissions, then run again", "unwritable") from None
+
+
+def row_digests(conversations: Iterable[Conversation]) -> dict[str, str]:
+    """By origin: 16 hex digits of what each row holds. Two rows with the same digest are the same row."""
+    found: dict[str, str] = {}
+    for row in conversations:
+        content = (
+            found.get(row.origin, ""),
+            row.messages,
+            row.tools,
+            row.task,
+            row.weight,
+            row.template_args,
+            row.pair,
+        )
+        raw = orjson.dumps(content, default=dict, option=orjson.OPT_NON_STR_KEYS)
+        found[row.origin] = hashlib.blake2b(raw, digest_size=8).hexdigest()
+    return found
 
 
 def read_ledger(path: str | Path) -> list[LedgerEntry]:
@@ -104,7 +114,9 @@ def read_ledger(path: str | Path) -> list[LedgerEntry]:
             values = orjson.loads(line)
         except orjson.JSONDecodeError:
             values = None
-        if not isinstance(values, dict) or values.keys() != names:
+        if (
+            not isinstance(values, dict) or not names - {"digest"} <= values.keys() <= names
+        ):  # older ones have no digest
             raise DataError.at(f"{path}:{number}", "not a ledger entry", "run again to write the ledger anew", "ledger")
         entries.append(LedgerEntry(**values))
     return entries
@@ -132,12 +144,3 @@ def ledger_counts(entries: Sequence[LedgerEntry]) -> LedgerCounts:
 def _place(origin: str) -> tuple[str, int]:
     file, _, line = origin.rpartition(":")
     return (file, int(line)) if file and line.isascii() and line.isdigit() else (origin, 0)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

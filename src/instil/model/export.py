@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
+from instil.files import publish
 from instil.model.attention import attention
 
 TOKENIZER_FILES = (
@@ -42,7 +41,7 @@ def export_model(
                 shutil.copyfile(source / name, folder / name)
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
-    write_folder(out, write)
+    publish(out, write)
 
 
 def _stopping(net: PreTrainedModel, terminators: Sequence[Mapping[str, Any]]) -> GenerationConfig:
@@ -56,23 +55,3 @@ def _stopping(net: PreTrainedModel, terminators: Sequence[Mapping[str, Any]]) ->
     if texts := [ending["text"] for ending in terminators if ending["id"] is None]:
         config.stop_strings = texts
     return config
-
-
-def write_folder(out: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a sibling of `out`, flush it to disk, and rename it: `out` is the old, the new, never between."""
-    partial = out.with_name(f".partial-{out.name}-{secrets.token_hex(4)}")
-    partial.mkdir(parents=True)
-    try:
-        write(partial)
-        for file in partial.iterdir():
-            with file.open("rb") as f:
-                os.fsync(f.fileno())
-        if out.exists():
-            trash = out.with_name(f".trash-{out.name}-{secrets.token_hex(4)}")
-            out.rename(trash)
-            partial.rename(out)
-            shutil.rmtree(trash)
-        else:
-            partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

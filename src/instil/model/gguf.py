@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from instil.errors import MachineError, ModelError
+from instil.model.ggufheader import refuse_overlap, walk_header
 from instil.model.pieces import Unfit, pieces_tokenizer
 
 CONVERTER_VERSION = "1"  # part of the cache key: raise it whenever the written files change
@@ -146,7 +147,9 @@ def read(gguf_file: Path) -> Source:
             gguf_file, "reading GGUF needs the gguf package", "pip install 'instil[gguf]'", rule="gguf"
         ) from error
     try:
+        walk_header(gguf_file)
         reader = GGUFReader(gguf_file)
+        refuse_overlap(reader.tensors, gguf_file.stat().st_size)
         values = {key: field.contents() for key, field in reader.fields.items()}
         tensors = {tensor.name: tensor for tensor in reader.tensors}
     except FileNotFoundError as error:

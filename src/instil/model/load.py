@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -16,12 +18,21 @@ from transformers.utils import logging as transformers_logging
 
 from instil.errors import MachineError, ModelError
 from instil.model.attention import Layout, attention, layout_of
+from instil.model.finite import not_finite
 from instil.model.head import head_of
 from instil.types import Pack
 
 # Words in a config's model_type or layer types, or in a module's class name, of layers that carry state from token to
 # token outside attention, so that documents of a pack would leak into each other.
 RECURRENT = ("mamba", "rwkv", "recurrent", "linear_attention", "deltanet", "lightning", "short_conv", "retnet", "xlstm")
+# What the class that saved a model was made for, by a part of its name.
+OTHER_HEADS = {
+    "SequenceClassification": "a classifier or reward model", "RewardModel": "a reward model",
+    "TokenClassification": "a classifier of tokens", "MaskedLM": "an encoder", "QuestionAnswering": "an extractive reader",
+    "Image": "an image model", "Vision": "an image model", "Audio": "an audio model",
+}  # fmt: skip
+EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight", "lm_head.weight")
+VOCABULARY = "take model and tokenizer from the same place, or resize the embeddings and save the model again"
 PROBE_WINDOW = 3  # tokens that windows are narrowed to
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # relative to the hidden states' norm
 
@@ -37,18 +48,26 @@ def device_named(name: str) -> torch.device:
 
 
 def load_model(
-    folder: Path, *, dtype: torch.dtype, device: torch.device, probe: bool = True, longest_tokens: int = 0
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    probe: bool = True,
+    longest_tokens: int = 0,
+    highest_token: int = -1,
 ) -> PreTrainedModel:
     """Load a causal language model from a local folder in `dtype`, with attention `instil_loop`.
 
     probe: compare the model on packs of documents and of branches with the model on each alone, before anything depends
     on it.
     longest_tokens: of the examples to come; a model that would treat them otherwise in a pack than alone is refused.
+    highest_token: the highest id in them; a model without an embedding for it is refused.
     """
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     config = read_config(folder)
     refuse_recurrent(config, folder)
+    refuse_other_heads(config, folder)
     refuse_lengths(config, longest_tokens, folder)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -56,6 +75,7 @@ def load_model(
             output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # whatever transformers makes of a broken folder
+        _refuse_other_vocabulary(config, folder)
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError.at(folder, f"does not load: {first}", "check the folder, or save the model again") from error
     net: PreTrainedModel = loaded[0]
@@ -67,6 +87,10 @@ def load_model(
     if not net._can_set_attn_implementation():
         what = f"{type(net).__name__} does not let its attention be chosen, so packs cannot be isolated"
         raise ModelError.at(folder, what, "use a model class with transformers' attention interface")
+    if bad := not_finite(net.named_parameters()):
+        what = f"{bad[0]} holds NaN or infinity" + (f", and so do {len(bad) - 1} more tensors" if bad[1:] else "")
+        raise ModelError.at(folder, what, "use a sound copy of the model", "not finite")
+    refuse_absent_tokens(net, folder, highest_token)
     net.to(device)  # type: ignore[arg-type]
     net.eval()
     net.set_attn_implementation("instil_loop")
@@ -99,6 +123,49 @@ def refuse_recurrent(config: Any, place: object) -> None:
             raise ModelError.at(place, what, "packs cannot be isolated exactly; use a pure attention model")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError.at(place, f"{config.model_type} is an encoder-decoder", "use a causal language model")
+
+
+def refuse_other_heads(config: Any, place: object) -> None:
+    """Refuse, by the class that saved it, a model that was made for something else than writing text: transformers would
+    load its trunk, and with tied embeddings nobody would notice (a reward model, an encoder)."""
+    names = [str(name) for name in getattr(config, "architectures", None) or ()]
+    causal = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    writes = ("CausalLM", "LMHead", "ForConditionalGeneration")  # the last: transformers decides by the configuration
+    if names and not any(name in causal or any(word in name for word in writes) for name in names):
+        kinds = [kind for word, kind in OTHER_HEADS.items() if any(word in name for name in names)]
+        what = f"{', '.join(names)} is {kinds[0] if kinds else 'not a causal language model'}"
+        raise ModelError.at(place, what, "use a causal language model (its config.json names ...ForCausalLM)")
+
+
+def refuse_absent_tokens(net: PreTrainedModel, place: object, highest_token: int) -> None:
+    """Refuse examples with token ids for which the model has no embedding. (A tokenizer may know more than the model has,
+    as Gemma 3's text models' does, as long as no example has such a token.)"""
+    rows = int(net.get_input_embeddings().weight.shape[0])  # type: ignore[index,union-attr]
+    if highest_token >= rows:
+        what = f"the examples have the token {highest_token:,}, for which there is no embedding"
+        raise ModelError.at(place, f"{what}: {_numbers(net.config, f'{rows:,}', place)}", VOCABULARY)
+
+
+def _refuse_other_vocabulary(config: Any, folder: Path) -> None:
+    """Raise ModelError where it is the number of embeddings for which a model does not load."""
+    said = getattr(config.get_text_config(), "vocab_size", None)
+    for file in sorted(folder.glob("*.safetensors")):
+        with suppress(SafetensorError), safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                shape = tensors.get_slice(name).get_shape()
+                if name.endswith(EMBEDDINGS) and shape and said not in (None, shape[0]):
+                    what = f"{name} does not fit config.json: {_numbers(config, f'{shape[0]:,}', folder)}"
+                    raise ModelError.at(file, what, VOCABULARY)
+
+
+def _numbers(config: Any, rows: str, folder: object) -> str:
+    """What config.json, the weights and the tokenizer say of the vocabulary."""
+    said = f"vocab_size is {config.get_text_config().vocab_size:,}, the embedding has {rows} rows"
+    try:
+        ids = Tokenizer.from_file(str(Path(str(folder)) / "tokenizer.json")).get_vocab(with_added_tokens=True).values()
+    except Exception:  # tokenizers raises nothing narrower; the model's own numbers are said all the same
+        return said
+    return f"{said}, the tokenizer's ids go up to {max(ids, default=-1):,}"
 
 
 def refuse_lengths(config: Any, longest_tokens: int, place: object) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NoReturn
 
 from instil.errors import MachineError, ModelError, Problem
+from instil.model.tensorfile import Unsound, once, safetensors_names
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLE = (".bin", ".pt", ".pth", ".ckpt")
@@ -25,7 +26,6 @@ _TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer.model", "spiece.model", "mer
 _NOT_FETCHED = ["*/*", "consolidated*"]  # subfolders hold other formats; consolidated* the same weights once more
 _HUB_NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 _NOWHERE = "neither a folder here nor a usable hub name"
-_HEADER_LIMIT = 100_000_000  # bytes; the safetensors format's own bound on its header
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,10 +320,22 @@ def _check_weights(folder: Path, names: list[str]) -> None:
         raise ModelError(
             *(Problem(place, f"names {shard}, which is missing", "fetch it", "shard") for shard in missing)
         )
+    seen: dict[str, str] = {}
     for shard in shards:
-        fault = _safetensors_fault(folder / shard)
-        if fault:
-            _refuse(folder / shard, *fault)
+        try:
+            names_in = safetensors_names(folder / shard)
+        except Unsound as fault:
+            _refuse(folder / shard, fault.what, fault.remedy)
+        for name in names_in:
+            if name in seen:
+                what = f"holds {_one_line(name)}, which {seen[name]} holds as well"
+                _refuse(folder / shard, what, "fetch both again")
+            seen[name] = shard
+    if _INDEX in names and _WEIGHTS not in names:
+        weight_map = _read_object(folder / _INDEX)["weight_map"]
+        absent = [name for name, shard in weight_map.items() if seen.get(name) != shard]
+        if absent:
+            _refuse(folder / _INDEX, f"says that {_one_line(absent[0])} is in a file that lacks it", "fetch it again")
 
 
 def _shards(index: Path) -> list[str]:
@@ -340,23 +352,6 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def _safetensors_fault(file: Path) -> tuple[str, str] | None:
-    """What is wrong with a safetensors file by its header and size, and what to do; None if nothing is."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        if start.startswith(b"version"):
-            return "is a Git LFS pointer, not the weights", "run `git lfs pull` in that folder"
-        length = int.from_bytes(start, "little")
-        header = stream.read(length) if length <= min(size, _HEADER_LIMIT) else b""
-    try:
-        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
-        whole = max(ends, default=0) + 8 + length == size
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        return "is not a safetensors file", "fetch it again"
-    return None if whole else (f"has {size} bytes, which is not what its header says", "fetch it again; it is cut off")
-
-
 def _aside(folder: Path, names: list[str]) -> str:
     """What the folder looks like instead, where that tells the user what to give."""
     files = [name for name in names if name.lower().endswith(".gguf")]
@@ -371,7 +366,7 @@ def _aside(folder: Path, names: list[str]) -> str:
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_bytes())
+        value = json.loads(file.read_bytes(), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise ModelError.at(file, f"not JSON ({_one_line(error)})", "fetch it again", rule="model") from error
     if not isinstance(value, dict):

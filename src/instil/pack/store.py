@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +11,12 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
+from instil.files import publish, sha256_of
 from instil.pack.prefixes import Prefixes
 from instil.types import Example
 
-FORMAT = 3  # part of the digest: a changed layout is prepared anew, never misread
+HASHES = "sha256.json"
+FORMAT = 4  # part of the digest: a changed layout is prepared anew, never misread
 
 SCHEMA = pa.schema(
     [
@@ -56,6 +55,11 @@ class ExampleStore(Sequence[Example]):
         self.lengths = self.prompt_tokens + self.answer_tokens - 1
         counted = np.concatenate([[0], np.cumsum(self._weights[1] > 0)])
         self.target_tokens = counted[self._weights[0][1:]] - counted[self._weights[0][:-1]]
+
+    @cached_property
+    def highest_token(self) -> int:
+        """The highest token id in any example, -1 where there is none."""
+        return int(self._tokens.max(initial=-1))
 
     @cached_property
     def prefixes(self) -> Prefixes:
@@ -167,25 +171,27 @@ def store_key(parts: object) -> str:
     return hashlib.sha256(orjson.dumps([FORMAT, parts], option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
-def publish(folder: Path, sides: Mapping[str, Sequence[Example]], record: dict[str, object]) -> None:
-    """Make `folder` with `<side>.arrow` and `record.json`, by renaming a finished sibling: complete or absent."""
-    partial = folder.with_name(f".partial-{folder.name}-{secrets.token_hex(4)}")
-    partial.mkdir(parents=True)
-    try:
+def publish_examples(folder: Path, sides: Mapping[str, Sequence[Example]], record: dict[str, object]) -> None:
+    """Make `folder` with `<side>.arrow`, `record.json` and the hashes of all in sha256.json: complete or absent."""
+
+    def fill(partial: Path) -> None:
         for side, examples in sides.items():
             write_examples(partial / f"{side}.arrow", examples)
             write_prefixes(partial / f"{side}.arrow", Prefixes.of(examples))
         (partial / "record.json").write_bytes(orjson.dumps(record, option=orjson.OPT_INDENT_2))
-        for file in partial.iterdir():
-            with file.open("rb") as f:
-                os.fsync(f.fileno())
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not (folder / "record.json").is_file():
-                raise  # else somebody was first, with the same key and so the same content
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (partial / HASHES).write_bytes(orjson.dumps(sha256_of(partial), option=orjson.OPT_SORT_KEYS))
+
+    publish(folder, fill)
+
+
+def damage(folder: Path) -> str | None:
+    """None where every file of published examples is what was written, else what is wrong."""
+    try:
+        expected, found = orjson.loads((folder / HASHES).read_bytes()), sha256_of(folder)
+    except (OSError, ValueError) as error:
+        return f"{HASHES} cannot be read ({type(error).__name__})"
+    wrong = [name for name in {*expected, *found} if expected.get(name) != found.get(name)]
+    return f"{min(wrong)} is not what was written" if wrong else None
 
 
 def open_store(folder: Path) -> tuple[dict[str, ExampleStore], dict[str, object]]:

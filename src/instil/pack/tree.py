@@ -9,6 +9,7 @@ import numpy as np
 from instil.types import Example, Int32, Pack, common_tokens
 
 LEAST_TRUNK = 128  # tokens: a shorter beginning that all have is not worth a pass of its own
+LEAST_GROUP = 512  # tokens: fewer at a time make matrix products slow
 
 
 def build_pack(examples: Sequence[Example], indices: Sequence[int], limit_tokens: int | None = None) -> Pack:
@@ -17,8 +18,9 @@ def build_pack(examples: Sequence[Example], indices: Sequence[int], limit_tokens
     Example e with p prompt and a answer tokens has p + a - 1 computed tokens (its last token is only predicted); those that
     begin like another example's are that example's. Answer token j is predicted from the token at depth p - 1 + j of the
     example's own path, for every j with weight > 0: where paths branch, one token has a triple for each branch.
-    indices: which example of the epoch each one is; goes into `owner` and `examples`. limit_tokens: of branches that are
-    computed at one time where the examples have a trunk of at least LEAST_TRUNK tokens (None = any number).
+    indices: which example of the epoch each one is; goes into `owner` and `examples`. limit_tokens: that are in memory at one
+    time, where the examples have a trunk of at least LEAST_TRUNK tokens that can be computed before the rest (None = any
+    number).
     """
     for example in examples:
         if not len(example.prompt_tokens):
@@ -59,14 +61,16 @@ def build_pack(examples: Sequence[Example], indices: Sequence[int], limit_tokens
 
 
 def _cuts(positions: Int32, reach: Int32, limit_tokens: int) -> tuple[int, ...]:
-    """Where the pack is cut: behind its trunk, and between branches of at most `limit_tokens` together (or a single one)."""
+    """Where the pack is cut: behind its trunk, and between groups of branches that fit with it into `limit_tokens`; but a
+    group may have LEAST_GROUP tokens, or be a single branch."""
     size = len(positions)
     trunk = int((reach == size).cumprod().sum())
     if size <= limit_tokens or not LEAST_TRUNK <= trunk < size:
         return ()
+    most = max(limit_tokens - trunk, LEAST_GROUP)
     cuts = [trunk]
     ends = [*np.flatnonzero(positions == trunk).tolist(), size][1:]  # of the branches
     for end, following in zip(ends, [*ends[1:], size], strict=True):
-        if end == size or following - cuts[-1] > limit_tokens:
+        if end == size or following - cuts[-1] > most:
             cuts.append(end)
     return tuple(cuts) if len(cuts) > 2 else ()

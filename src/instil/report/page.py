@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from instil.errors import MachineError
+from instil.files import write_atomically
 from instil.report import sections
 from instil.report.escape import visible_lines
 from instil.report.evidence import Evidence, read_evidence
@@ -70,18 +69,9 @@ def _setting(line: str) -> tuple[str, str]:
 
 
 def write_page(path: Path, data: bytes) -> None:
-    """The file is the old one or the new one, never between."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """The file is the old one or the new one, never between. Raises MachineError where it cannot be written."""
     try:
-        try:
-            with draft.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        finally:
-            with suppress(OSError):
-                draft.unlink()
+        write_atomically(path, data)
     except OSError as error:
         what = f"cannot be written ({error.strerror or error})"
         raise MachineError.at(path, what, "free space or fix the permissions", "unwritable") from None

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from instil.errors import MachineError
+from instil.errors import InstilError, MachineError, UsageError
+from instil.files import discard, make_folder, publish, sha256_of_files, sweep
 
-FORMAT = 1
+FORMAT = 2  # 1: the manifest was indented; it is still read. A newer one is refused, never guessed at
+TENSORS = ("weights", "optimizer", "rng")
+PIN = ".pin"  # checkpoints/step-000123.pin: that checkpoint is never pruned
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,22 @@ class TrainState:
     rng: Mapping[str, Tensor]
     counters: Mapping[str, Any]
 
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        every = (self.weights, self.optimizer, self.rng)
+        return sum(t.numel() * t.element_size() for tensors in every for t in tensors.values())
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that verifies. damaged: those newer than it that do not, each with what is wrong."""
+
+    path: Path
+    state: TrainState
+    manifest: Mapping[str, Any]
+    damaged: list[str]
+
 
 def checkpoint_name(step: int) -> str:
     """step-000123"""
@@ -40,89 +56,121 @@ def checkpoint_name(step: int) -> str:
 
 
 def save(folder: Path, state: TrainState, facts: Mapping[str, Any], *, keep: int) -> Path:
-    """Write checkpoints/step-N by the protocol: partial folder, fsync, manifest with hashes, rename; then prune.
+    """Write folder/step-N by the protocol: partial folder, flushed, manifest with hashes, rename; then prune.
 
     The new checkpoint is read again and verified before any older one is removed. facts: what the manifest records
     beside the hashes (config, data, versions, machine). Raises MachineError when the disk refuses; nothing is lost.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in (*folder.glob(".partial-*"), *folder.glob(".trash-*")):
-        shutil.rmtree(left, ignore_errors=True)
     final = folder / checkpoint_name(state.step)
-    partial = folder / f".partial-{state.step}-{secrets.token_hex(4)}"
     try:
-        partial.mkdir()
-        for name, tensors in (("weights", state.weights), ("optimizer", state.optimizer), ("rng", state.rng)):
-            save_file({k: t.detach().contiguous() for k, t in tensors.items()}, partial / f"{name}.safetensors")
-            _sync(partial / f"{name}.safetensors")
-        _write(partial / "state.json", {"step": state.step, "counters": dict(state.counters)})
-        manifest = {**facts, "format": FORMAT, "step": state.step, "files": hashes(partial)}
-        _write(partial / "manifest.json", {**manifest, "sha256": _digest(manifest)})
-        _sync(partial)
-        if final.exists():  # the same step, saved before and found damaged
-            _discard(final)
-        partial.rename(final)
-        _sync(folder)
+        make_folder(folder)
+        sweep(folder)
+        publish(final, lambda partial: _fill(partial, state, facts))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise MachineError.at(
-            final, f"not saved: {error}", "free some space; older checkpoints are untouched"
-        ) from error
+        what = f"not saved: {_reason(error)} (it needs {state.bytes / 1e9:.3g} GB, {_free(folder)})"
+        raise MachineError.at(final, what, "free some space; older checkpoints are untouched", "not saved") from error
     problem = verify(final)
     if problem:
-        raise MachineError.at(
-            final, f"does not read back: {problem}", "check the disk; older checkpoints are untouched"
-        )
-    older = [f for f in _newest_first(folder) if int(f.name[5:]) < state.step]  # a newer one was found damaged
-    for old in older[max(0, keep - 1) :]:
-        _discard(old)
+        what = f"does not read back: {problem}"
+        raise MachineError.at(final, what, "check the disk; older checkpoints are untouched", "not saved")
+    prune(folder, state.step, keep)
     return final
 
 
+def _fill(partial: Path, state: TrainState, facts: Mapping[str, Any]) -> None:
+    for name, tensors in zip(TENSORS, (state.weights, state.optimizer, state.rng), strict=True):
+        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, partial / f"{name}.safetensors")
+    (partial / "state.json").write_bytes(_canonical({"step": state.step, "counters": dict(state.counters)}))
+    manifest = {**facts, "format": FORMAT, "step": state.step, "files": hashes(partial)}
+    (partial / "manifest.json").write_bytes(_canonical({**manifest, "sha256": _digest(manifest)}))
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, without the paths of files that are gone."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e9:.3g} GB are free"
+    except OSError:
+        return "how much is free cannot be told"
+
+
+def prune(folder: Path, step: int, keep: int) -> None:
+    """Remove what is older than `step` but for the newest keep - 1; pinned ones stay and are not counted.
+
+    What is newer than `step` and damaged, so that the run went on from an older one, goes too.
+    """
+    loose = [path for path in steps_newest_first(folder) if not path.with_name(path.name + PIN).exists()]
+    damaged = [path for path in loose if step_of(path) > step and verify(path) is not None]
+    older = [path for path in loose if step_of(path) < step]
+    for path in (*damaged, *older[max(0, keep - 1) :]):
+        discard(path)
+
+
 def hashes(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file but the manifest; files are hashed in parallel."""
-    files = sorted(f for f in folder.iterdir() if f.name != "manifest.json")
+    """Size and SHA-256 of every file but the manifest; files are hashed in parallel, the largest first."""
+    files = sorted((f for f in folder.iterdir() if f.name != "manifest.json"), key=lambda f: -f.stat().st_size)
+    found = zip(files, sha256_of_files(files), strict=True)
+    return {f.name: {"size": f.stat().st_size, "sha256": digest} for f, digest in sorted(found)}
 
-    def one(file: Path) -> dict[str, Any]:
-        with file.open("rb") as f:
-            return {"size": file.stat().st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
 
-    with ThreadPoolExecutor() as pool:
-        return dict(zip((f.name for f in files), pool.map(one, files), strict=True))
+def _canonical(value: object) -> bytes:
+    """JSON with sorted keys and no blanks: equal content is equal bytes."""
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of the manifest's content, which the manifest itself carries as `sha256`."""
-    return hashlib.sha256(orjson.dumps(manifest, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    return hashlib.sha256(_canonical(manifest)).hexdigest()
 
 
 def verify(checkpoint: Path) -> str | None:
-    """None if every file is what the manifest says, else what is wrong."""
+    """None if every file is what the manifest says, to the byte, else what is wrong.
+
+    Raises UsageError for a format that a newer version wrote.
+    """
     try:
-        manifest = orjson.loads((checkpoint / "manifest.json").read_bytes())
-        if manifest["format"] > FORMAT:
-            return f"format {manifest['format']} is newer than this version reads"
+        raw = (checkpoint / "manifest.json").read_bytes()
+        manifest = orjson.loads(raw)
+        kind = manifest["format"]
         if manifest.pop("sha256") != _digest(manifest):
             return "manifest.json is not what was saved"
-        expected, found = manifest["files"], hashes(checkpoint)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if kind > FORMAT:
+            raise _too_new(checkpoint, manifest)
+        if kind > 1 and raw != _canonical({**manifest, "sha256": _digest(manifest)}):
+            return "manifest.json is not what was saved"
+        expected = manifest["files"]
+        sizes = {f.name: f.stat().st_size for f in checkpoint.iterdir() if f.name != "manifest.json"}
+        wrong = [name for name in {*expected, *sizes} if expected.get(name, {}).get("size") != sizes.get(name)]
+        found = {} if wrong else hashes(checkpoint)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"no readable manifest ({type(error).__name__})"
-    for name in sorted({*expected, *found}):
-        if expected.get(name) != found.get(name):
-            return f"{name} is not what was saved"
-    return None
+    wrong = wrong or [name for name in expected if expected[name] != found[name]]
+    return f"{min(wrong)} is not what was saved" if wrong else None
 
 
-def load_latest(folder: Path) -> tuple[TrainState, dict[str, Any], list[str]] | None:
-    """The newest checkpoint that verifies, its manifest, and one line for each damaged one passed over.
+def _too_new(checkpoint: Path, manifest: Mapping[str, Any]) -> InstilError:
+    by = manifest.get("versions", {}).get("instil", "a newer version")
+    what = f"is of format {manifest['format']}, written by instil {by}; this version reads up to {FORMAT}"
+    return UsageError.at(checkpoint, what, f"it needs version >= {by}")
 
-    None if there has never been one. Raises MachineError if there are some and all are damaged: never a silent restart.
+
+def load_latest(folder: Path) -> Found | None:
+    """The newest checkpoint that verifies; None if there has never been one.
+
+    Raises MachineError if there are some and all are damaged: never a silent restart; UsageError where one is of a newer
+    version.
     """
     damaged: list[str] = []
-    for checkpoint in _newest_first(folder):
+    for checkpoint in steps_newest_first(folder):
         problem = verify(checkpoint)
         if problem is None:
-            return (*_read(checkpoint), damaged)
+            try:
+                return Found(checkpoint, *_read(checkpoint), damaged)
+            except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+                problem = f"is whole, but nothing that can be read ({type(error).__name__}: {error})"
         damaged.append(f"{checkpoint}: {problem}")
     if damaged:
         raise MachineError.at(folder, f"no checkpoint verifies ({'; '.join(damaged)})", "start over with --fresh")
@@ -130,7 +178,7 @@ def load_latest(folder: Path) -> tuple[TrainState, dict[str, Any], list[str]] | 
 
 
 def _read(checkpoint: Path) -> tuple[TrainState, dict[str, Any]]:
-    weights, optimizer, rng = (load_file(checkpoint / f"{n}.safetensors") for n in ("weights", "optimizer", "rng"))
+    weights, optimizer, rng = (load_file(checkpoint / f"{n}.safetensors") for n in TENSORS)
     state = orjson.loads((checkpoint / "state.json").read_bytes())
     manifest = orjson.loads((checkpoint / "manifest.json").read_bytes())
     return TrainState(state["step"], weights, optimizer, rng, state["counters"]), manifest
@@ -152,26 +200,12 @@ def restore_rng(states: Mapping[str, Tensor]) -> None:
             torch.cuda.set_rng_state(states[f"cuda:{i}"], i)
 
 
-def _newest_first(folder: Path) -> Iterator[Path]:
-    """By step number: never by clock or pointer file."""
-    found = [f for f in folder.glob("step-*") if f.name[5:].isdigit()] if folder.is_dir() else []
-    return iter(sorted(found, key=lambda f: int(f.name[5:]), reverse=True))
+def step_of(checkpoint: Path) -> int:
+    """123 of step-000123."""
+    return int(checkpoint.name[5:])
 
 
-def _discard(checkpoint: Path) -> None:
-    trash = checkpoint.with_name(f".trash-{checkpoint.name}-{secrets.token_hex(4)}")
-    checkpoint.rename(trash)
-    shutil.rmtree(trash, ignore_errors=True)
-
-
-def _write(file: Path, value: object) -> None:
-    file.write_bytes(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS))
-    _sync(file)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def steps_newest_first(folder: Path) -> list[Path]:
+    """The checkpoints by step number, highest first: never by clock or pointer file."""
+    found = [f for f in folder.glob("step-*") if f.name[5:].isdigit() and f.is_dir()] if folder.is_dir() else []
+    return sorted(found, key=step_of, reverse=True)
