@@ -342,7 +342,7 @@ def best(found: dict[str, Any] | None, about: dict[str, Any], rows: int, data: P
     if found and found["about"]["machine"] == about["machine"] and found["rows_per_step"] == rows:
         return Setting(**found["best"]), f"best of the sweep of {found['about']['date']}"
     fitting = KNOWN_BEST.fitting(rows, data.data.told["longest_tokens"])
-    return fitting, "its best CPU setting in an earlier study, as many rows at a time as fit; not swept"
+    return fitting, "the best that a sweep found on workload a; not swept here"
 
 
 def race(

@@ -168,11 +168,11 @@ def _to_the_end(words: Sequence[str]) -> None:
 
 
 def _killed(words: Sequence[str], folder: Path, steps: int, wait: float) -> tuple[int, bool]:
-    """Kill a run at a random moment between its first step and its last; the steps that it had logged, and whether the
+    """Kill a run at a random moment between its first checkpoint and its end; the steps that it had logged, and whether the
     kill came before its end. wait: share of the time that its other steps should take."""
     run, process = RunFolder(folder), _start(words)
     try:
-        while process.poll() is None and not read_metrics(run.metrics):
+        while process.poll() is None and not steps_newest_first(run.checkpoints):
             time.sleep(0.002)
         done = read_metrics(run.metrics)
         time.sleep(random.random() * wait * (steps - 1) * (done[0]["seconds"] if done else 0.0))

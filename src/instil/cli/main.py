@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -54,8 +55,21 @@ def _root(
     pass
 
 
+def _with_utf8_names() -> None:
+    """Names of files are UTF-8, also in a locale of ASCII, where Python would garble them: it begins again in its UTF-8 mode.
+
+    What is printed stays in the locale's encoding.
+    """
+    if sys.getfilesystemencoding().lower() in ("utf-8", "utf8"):
+        return
+    printed = f"{sys.stdout.encoding or 'ascii'}:backslashreplace"
+    os.environ.update({"PYTHONUTF8": "1", "PYTHONIOENCODING": os.environ.get("PYTHONIOENCODING", printed)})
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def main() -> None:
     """The `instil` command."""
+    _with_utf8_names()
     share_cores()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
