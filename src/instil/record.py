@@ -187,8 +187,8 @@ def mix_lines(uses: Sequence[SourceUse]) -> list[str]:
 def summary(
     config: Config, progress: Progress, data: Prepared, seconds: float, expected: Mapping[str, Any], run: RunFolder
 ) -> dict[str, Any]:
-    """The final numbers. expected: what was planned; files: sha256 of the result. loss_before and
-    loss_after: nats per target token on the held-out examples of the run."""
+    """The final numbers. expected: what was planned; files: sha256 of the result. loss_before and loss_after: nats per
+    target token on the held-out examples of the run."""
     losses = {int(step): loss for step, loss in progress.heldout.items()}
     return {
         "steps": progress.step,
@@ -205,13 +205,18 @@ def summary(
         "peak_memory_bytes": peak_memory_bytes(),
         "spikes": {"steps": progress.spikes, "left_out": progress.skipped},
         "rows": data.record["rows"],
-        "files": {
-            f"{folder.name}/{name}": digest
-            for folder in (run.model, run.adapter)
-            if folder.is_dir()
-            for name, digest in sorted(sha256_of(folder).items())
-        },
+        "files": result_files(run),
         "account": {**data.record["account"], "run": _run_account(progress, expected)},
+    }
+
+
+def result_files(run: RunFolder) -> dict[str, str]:
+    """sha256 of every file of the result, by its path in the run folder."""
+    return {
+        f"{folder.name}/{name}": digest
+        for folder in (run.model, run.adapter)
+        if folder.is_dir()
+        for name, digest in sorted(sha256_of(folder).items())
     }
 
 

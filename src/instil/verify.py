@@ -23,7 +23,7 @@ from instil.folder import RunFolder, open_run, read_manifest, read_metrics
 from instil.model.locate import locate
 from instil.pack.store import damage
 from instil.prepare import data_digests, open_chat
-from instil.record import began_on, identity
+from instil.record import began_on, identity, result_files
 from instil.train.checkpoint import steps_newest_first
 from instil.train.checkpoint import verify as verify_checkpoint
 
@@ -76,8 +76,8 @@ def hashes_of(run: RunFolder, config: Config) -> Iterator[Check]:
     """Of what the run learns from and with, of its prepared examples, its checkpoints and its result."""
     manifest = read_manifest(run)
     try:
-        chat = open_chat(locate(config.model, need_weights=True).path, config.template, began_on(run))
-        now = identity(locate(config.model, need_weights=True), chat, data_digests(config))
+        model = locate(config.model, need_weights=True)
+        now = identity(model, open_chat(model.path, config.template, began_on(run)), data_digests(config))
         for key, name in (
             ("model", "base model"), ("tokenizer_sha256", "tokenizer"), ("template_sha256", "template"),
             ("data_sha256", "data"),
@@ -95,11 +95,7 @@ def hashes_of(run: RunFolder, config: Config) -> Iterator[Check]:
         yield Check(path.name, wrong is None, wrong or "every file is what was saved")
     if run.finished:
         expected = orjson.loads(run.summary.read_bytes()).get("files", {})
-        found = {
-            f"{folder.name}/{name}": digest
-            for folder in (run.model, run.adapter)
-            for name, digest in (sha256_of(folder).items() if folder.is_dir() else ())
-        }
+        found = result_files(run)
         bad = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
         yield Check("result", not bad, f"{bad[0]} is not what was written" if bad else f"{len(found)} files as written")
 

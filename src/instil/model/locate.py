@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NoReturn
 
 from instil.errors import MachineError, ModelError, Problem
+from instil.files import PARTIAL, sync
 from instil.model.tensorfile import Unsound, once, safetensors_names
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -233,13 +234,13 @@ def _write_then_rename(target: Path, write: Callable[[Path], None]) -> None:
         write(partial)
         for written in [*partial.iterdir(), partial]:
             if not written.is_symlink():
-                _sync(written)
+                sync(written)
         try:
             partial.rename(target)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # those two: another process was first
                 raise
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(held)
@@ -254,7 +255,7 @@ def _claim(target: Path) -> tuple[Path, int]:
     guard = _hold(target.parent, wait=True)
     try:
         _sweep(target.parent)
-        partial = target.parent / f".partial-{target.name}-{secrets.token_hex(4)}"
+        partial = target.parent / f"{PARTIAL}{target.name}-{secrets.token_hex(4)}"
         partial.mkdir()
         return partial, _hold(partial, wait=True)
     finally:
@@ -274,21 +275,13 @@ def _hold(folder: Path, *, wait: bool) -> int:
 
 def _sweep(folder: Path) -> None:
     """Remove what killed conversions left: the `.partial-*` folders that no living process holds."""
-    for partial in folder.glob(".partial-*"):
+    for partial in folder.glob(f"{PARTIAL}*"):
         try:
             held = _hold(partial, wait=False)
         except OSError:  # held, or gone meanwhile
             continue
         shutil.rmtree(partial, ignore_errors=True)
         os.close(held)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ── what a folder must hold ──────────────────────────────────────────────────────────────────────────────────────────
