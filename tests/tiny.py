@@ -94,6 +94,11 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def same(one: Path, other: Path | bytes) -> bool:
+    """Whether a file holds the same bytes as another, or these: pytest would print two large files' differences for hours."""
+    return one.read_bytes() == (other if isinstance(other, bytes) else other.read_bytes())
+
+
 def without_times(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records but for what a clock wrote."""
     return [{k: v for k, v in record.items() if k != "seconds"} for record in records]

@@ -298,7 +298,7 @@ def test_a_run_s_configuration_makes_the_same_run_again(plain: tuple[Path, dict[
     said = tiny.command("train", run / "config.yaml", "run.name=again")
     assert said.code == 0
     again = run.with_name("again")
-    assert (again / "model" / "model.safetensors").read_bytes() == (run / "model" / "model.safetensors").read_bytes()
+    assert tiny.same(again / "model" / "model.safetensors", run / "model" / "model.safetensors")
     assert tiny.without_times(tiny.metrics_of(again)) == tiny.without_times(tiny.metrics_of(run))
     mine, other = ((folder / "config.yaml").read_text().splitlines() for folder in (again, run))
     assert [(a.split("#")[0].strip(), b.split("#")[0].strip()) for a, b in zip(mine, other, strict=True) if a != b] == [
@@ -354,9 +354,9 @@ def test_the_template_given_is_the_template_kept(model: Path, data: Path, tmp_pa
                         "{{ message.role }}{{ ':' if message.role == 'assistant' }}\n"))  # fmt: skip
     train(model, data, tmp_path / "x", *tiny.FAST, "train.steps=1", "--template", template)
     kept = tmp_path / "x" / "model"
-    assert (kept / "chat_template.jinja").read_bytes() == template.read_bytes()
+    assert tiny.same(kept / "chat_template.jinja", template)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (kept / name).read_bytes() == (model / name).read_bytes()
+        assert tiny.same(kept / name, model / name)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft 0.21 on transformers 5.23

@@ -104,7 +104,7 @@ def test_a_page_never_replaces_data(model: Path, data: Path, tmp_path: Path, nam
     said = tiny.command("inspect", tmp_path / "train.jsonl", "--model", model, "--html", tmp_path / name)
     assert said.code == 2
     assert said.err[0].startswith("--html: ")
-    assert (tmp_path / "train.jsonl").read_bytes() == data.read_bytes()
+    assert tiny.same(tmp_path / "train.jsonl", data)
 
 
 def test_a_torn_character_is_shown_once(model: Path, tmp_path: Path) -> None:
