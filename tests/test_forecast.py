@@ -214,7 +214,11 @@ def flops_by_torch(net: Any, packs: Any) -> dict[str, int]:
     with FlopCounterMode(display=False) as counter:
         for pack in packs:
             pack_loss(net, pack, 1.0).share.backward()
-    return {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    counts = counter.get_flop_counts()
+    rotary = sum(n for module, ops in counts.items() if module.endswith("rotary_emb") for n in ops.values())
+    found = {str(op): n for op, n in counts["Global"].items()}
+    found["aten.bmm"] = found.get("aten.bmm", 0) - rotary  # transformers 5.17 makes the angles by a matrix product
+    return found
 
 
 @pytest.mark.parametrize(("rank", "tolerance"), [(0, 0.0), (4, 0.02)])

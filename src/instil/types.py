@@ -71,6 +71,11 @@ class Conversation:
     source: int = 0
     pair: TokenPair | None = None
 
+    def index_of(self, turn: int) -> int:
+        """Which message is the answer of an assistant turn."""
+        answers = [index for index, message in enumerate(self.messages) if message.role == "assistant"]
+        return answers[turn - self.first_turn]
+
 
 @dataclass(frozen=True, slots=True)
 class Example:

@@ -32,6 +32,7 @@ from instil.types import Conversation
 SERIAL_ROWS = 4_000  # fewer are done in a second or two; a worker costs 0.1 s
 STARTS = 2  # of a worker for the same rows
 ROWS_AT_ONCE = 2_048  # certified and reported together
+STOPS = {signal.SIGINT, signal.SIGTERM}
 LISTEN_S = 1.0  # a signal that comes just before a wait is handled behind it
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 KINDS_OF_ERROR: dict[str, type[InstilError]] = {kind.__name__: kind for kind in (DataError, ModelError, TemplateError)}
@@ -129,7 +130,11 @@ class _Job:
         context = multiprocessing.get_context("fork")
         arguments = (self.rows, self.done_rows, self.folder, writer, self._with)
         self.process = context.Process(target=_work, args=arguments, daemon=True)
-        self.process.start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # what a handler raises in a hook of fork, Python passes over
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         writer.close()
 
     @property
@@ -160,6 +165,7 @@ def _work(rows: Sequence[Conversation], begin: int, folder: Path, writer: Connec
     """The life of a worker: the rows from `begin` on. It ends with its parent, by the parent's word alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # else it would hold the lock of a run that was killed
     for start in range(begin, len(rows), ROWS_AT_ONCE):
         some = rows[start : start + ROWS_AT_ONCE]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import importlib.metadata
 import json
 
 import pytest
+from packaging.version import Version
 
 from instil.chat.template import SIZE_LIMIT_BYTES, Template, load_template
 from instil.errors import DataError, TemplateError
@@ -14,6 +16,12 @@ from instil.types import Message
 
 USER, ANSWER = Message("user", " Größe <b>&'\"\\ 👋?\n"), Message("assistant", "[[1,2],[3,4]]\n")
 SYSTEM = Message("system", "Be kind.")
+# Before 5.23 transformers itself handed on reasoning under one name only, and its sandbox had other rules; ours are the newer.
+OLDER = (
+    "older transformers render this otherwise"
+    if Version(importlib.metadata.version("transformers")) < Version("5.23")
+    else ""
+)
 PARAMETERS = {"type": "object", "properties": {"who": {"type": "string", "description": "name"}}, "required": ["who"]}
 TOOLS = [{"type": "function", "function": {"name": "grüße", "description": "Say <hi>", "parameters": PARAMETERS}}]
 CALL = {"id": "call12345", "type": "function", "function": {"name": "grüße", "arguments": {"who": "Änne"}}}
@@ -62,6 +70,8 @@ def both(folder, oracle, source, messages, tools, generation_prompt):
 @pytest.mark.parametrize("kind", CONVERSATIONS)
 def test_real_templates_render_as_in_transformers(shared_templates, chatml, oracle, kind, generation_prompt):
     """Each real template gives the same bytes as transformers, or is refused by both."""
+    if kind == "reasoning" and OLDER:
+        pytest.skip(OLDER)
     tokenizer, rendered = oracle(chatml), 0
     messages, tools = CONVERSATIONS[kind]
     for path in sorted(shared_templates.glob("*.jinja")):
@@ -123,9 +133,14 @@ REFUSED = [
 ]
 
 
+OTHERS_IN_OLDER = {RENDERED[5], RENDERED[6], *REFUSED[1:3]}
+
+
 @pytest.mark.parametrize("source", RENDERED + REFUSED)
 def test_language_of_templates_is_that_of_transformers(chatml, oracle, source):
     """Extensions, filters, variables and the sandbox's refusals are the same as in transformers."""
+    if source in OTHERS_IN_OLDER and OLDER:
+        pytest.skip(OLDER)
     messages = [USER, Message("assistant", "x", {"reasoning": "because", "name": None})]
     ours, theirs = both(chatml, oracle(chatml), source, messages, [], True)
     assert ours == theirs

@@ -337,6 +337,35 @@ def test_stopped_while_workers_prepare(number: signal.Signals, group: bool, sour
     assert not (tmp_path / "runs").exists()
 
 
+def stop_in_the_fork(number: signal.Signals) -> None:
+    """The signal comes while the process forks a worker, where Python passes over what a handler raises."""
+    sent: list[int] = []
+
+    def send() -> None:
+        if not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    os.register_at_fork(after_in_parent=send)
+
+
+@linux
+@pytest.mark.parametrize("number", list(CODES))
+def test_stopped_while_a_worker_is_forked(number: signal.Signals, source: Path, tmp_path: Path) -> None:
+    """The signal is not lost, and no worker is left."""
+    (tmp_path / "marks").mkdir()
+
+    def before() -> None:
+        sleep_in_workers(tmp_path / "marks")
+        stop_in_the_fork(number)
+
+    child: Child = forked(words(source, tmp_path / "runs" / "x"), tmp_path / "said", before=before)
+    assert child.wait() == CODES[number], child.lines()
+    assert child.lines()[0].startswith("stopped by")
+    assert gone(tmp_path / "marks")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_fresh_interpreter_stops_like_a_fork(source: Path, tmp_path: Path) -> None:
     """Exit 143 and one line of `instil train` when SIGTERM comes before anything is loaded; nothing is left."""
     code = (

@@ -348,7 +348,7 @@ def test_tokenizers_that_add_a_space_are_followed(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """Pieces with a space put before each text, as in Llama 2: prompts are transformers', and the certificate agrees."""
-    monkeypatch.setattr("instil.chat.certificate.LIBRARY_EVERY", 1)  # not a sample only
+    monkeypatch.setattr("instil.chat.ids.LIBRARY_EVERY", 1)  # not a sample only
     transformers = pytest.importorskip("transformers")
     folder, row = tmp_path_factory.mktemp("pieces"), CONVERSATIONS[kind]
     ours = write_sentencepiece(folder, control_tokens())

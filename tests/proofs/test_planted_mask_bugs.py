@@ -21,7 +21,7 @@ from real_chats import (
     write_tokenizer,
 )
 
-from instil.chat import certificate
+from instil.chat import ids
 from instil.chat.certificate import certify
 from instil.chat.pairs import make_examples
 from instil.chat.targets import Targets
@@ -474,7 +474,7 @@ def _place(example: Example) -> str:
 def _every_example_is_compared_with_the_library() -> Iterator[None]:
     """Not a sample only: here each bug is in a few of many examples."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(certificate, "LIBRARY_EVERY", 1)
+        patch.setattr(ids, "LIBRARY_EVERY", 1)
         yield
 
 

@@ -78,7 +78,7 @@ def time_limit(limit_s: float, place: str) -> Iterator[None]:
     It costs about 15 us, so put it around a batch of renderings rather than around each. It counts the computing
     time of this thread alone and works in the main thread of a process; in other threads it does nothing.
     """
-    left_s, interval_s = signal.getitimer(signal.ITIMER_VIRTUAL)
+    left_s, interval_s = signal.getitimer(signal.ITIMER_PROF)
     if threading.current_thread() is not threading.main_thread() or 0 < left_s <= limit_s:
         yield  # a limit around this one comes sooner
         return
@@ -88,19 +88,19 @@ def time_limit(limit_s: float, place: str) -> Iterator[None]:
         if time.thread_time() - started >= limit_s:
             raise _OutOfTime
 
-    handler = signal.signal(signal.SIGVTALRM, expired)
-    signal.setitimer(signal.ITIMER_VIRTUAL, limit_s, max(limit_s / 8, 0.01))
+    handler = signal.signal(signal.SIGPROF, expired)
+    signal.setitimer(signal.ITIMER_PROF, limit_s, max(limit_s / 8, 0.01))
     try:
         try:
             yield
         finally:
             later_s = max(left_s - (time.thread_time() - started), 0.001) if left_s else 0
-            signal.setitimer(signal.ITIMER_VIRTUAL, later_s, interval_s)
+            signal.setitimer(signal.ITIMER_PROF, later_s, interval_s)
     except _OutOfTime:
         what = f"the template used more than {limit_s:g} s"
         raise TemplateError.at(place, what, REMEDY, "template-limits") from None
     finally:
-        signal.signal(signal.SIGVTALRM, handler)
+        signal.signal(signal.SIGPROF, handler)
 
 
 def limited_render(render: Callable[[], Result], limit_s: float, place: str) -> Result:

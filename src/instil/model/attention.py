@@ -191,10 +191,13 @@ for _name, _backend in BACKENDS.items():
 def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     """Run the model with another attention ("instil_loop", "instil_dense", "sdpa", "eager") for a while.
 
-    "sdpa" is "eager" for models that transformers does not run with it (soft caps, sinks).
+    "sdpa" is "eager" for models that torch's attention does not serve (sinks; soft caps, which transformers 5.17 leaves
+    out in silence).
     """
     before = model.config._attn_implementation
-    model.set_attn_implementation("eager" if implementation == "sdpa" and not model._supports_sdpa else implementation)
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    unfit = implementation == "sdpa" and (capped or not model._supports_sdpa)
+    model.set_attn_implementation("eager" if unfit else implementation)
     try:
         yield
     finally:

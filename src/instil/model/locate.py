@@ -134,7 +134,10 @@ def _from_hub(model: str, repo: str, revision: str | None, *, need_weights: bool
     patterns = [*_TOKENIZER_FILES, "*.safetensors"] if need_weights else _TOKENIZER_FILES
     fetch = f"hf download {repo}{f' --revision {revision}' if revision else ''} --local-dir {repo.split('/')[1]}"
     try:
-        path = snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_FETCHED)
+        path = snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, ignore_patterns=_NOT_FETCHED,
+            local_files_only=constants.HF_HUB_OFFLINE,  # else huggingface_hub 1 asks the hub what a cached commit holds
+        )  # fmt: skip
     except errors.LocalEntryNotFoundError:
         what = f"not (completely) in the cache {constants.HF_HUB_CACHE}, and the hub cannot be reached"
         remedy = f"where there is a network run `{fetch}`, copy that folder here and give its path as the model"
