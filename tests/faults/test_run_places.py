@@ -410,8 +410,9 @@ def test_another_machine_is_said_once_and_recorded(
     said = tiny.command("train", stopped)
     assert said.code == 143
     end = " since the run began: from here on it is not the same to the bit"
-    what = [f"torch 1.0.0 -> {importlib.metadata.version('torch')}", f"python 3.10.0 -> {'.'.join(map(str, sys.version_info[:3]))}",
-            "device cuda:0 -> cpu"]  # fmt: skip
+    python = ".".join(map(str, sys.version_info[:3]))
+    torch = importlib.metadata.version("torch")
+    what = [f"torch 1.0.0 -> {torch}", f"python 3.10.0 -> {python}", "device cuda:0 -> cpu"]
     lines = sorted(line for line in said.err if "not the same to the bit" in line)
     assert lines == sorted(f"warning: {each}{end}" for each in what)
     changes = json.loads((stopped / "manifest.json").read_text())["changes"]

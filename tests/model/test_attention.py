@@ -228,6 +228,7 @@ def test_a_model_that_torchs_attention_cannot_serve_gets_its_own(tiny: Any) -> N
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo looks at it
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 def test_compiled_layers_leave_attention_alone(tiny: Any, some_examples: Any) -> None:
     """A compiled layer gives the same, forward and backward, and no graph holds a part of attention."""
     net = tiny()
