@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from instil.chat.channel import Channel, find_channel
+from instil.chat.channel import find_channel
 from instil.chat.control import ControlText
 from instil.chat.endings import Endings, Terminator, call_id
 from instil.chat.targets import THINK, THOUGHT, THOUGHT_BEGINS, Span, Targets, spans
 from instil.chat.template import Template
 from instil.chat.tokenizer import Tokenizer
-from instil.chat.tracking import tracked
+from instil.chat.tracking import Appended, tracked
 from instil.errors import InstilError, Problem, TemplateError
 from instil.types import Conversation, Message
 
@@ -43,9 +43,8 @@ class ChatOptions:
 class Turn:
     """One assistant turn as text. index: of its message; turn: its number among the answers of the row.
 
-    answer = body + terminator.text. spans: what of the body is not plain answer. channel: how a channel that the prompt
-    opens was closed, None where there was none. rendered: the text of the whole row where prompt and answer are its
-    beginning, "" where they were rendered by themselves.
+    answer = body + terminator.text. spans: what of the body is not plain answer. rendered: the text of the whole row where
+    prompt and answer are its beginning, "" where they were rendered by themselves.
     """
 
     prompt: str
@@ -55,7 +54,6 @@ class Turn:
     turn: int
     weight: float
     spans: tuple[Span, ...] = ()
-    channel: Channel | None = None
     rendered: str = ""
 
     @property
@@ -117,17 +115,23 @@ class TurnMaker:
                     raise TemplateError.at(
                         place, "an answer to nothing: no message comes before it", remedy, "no-prompt"
                     )
-                found = None
-                if whole is not None:
-                    start = whole.ends[index - 1]
-                    if whole.text.startswith(whole.header, start):
-                        start += len(whole.header)
-                        prompt, rest = whole.text[:start], whole.text[start : whole.ends[index]]
-                        found = self._cut(row, index, prompt, rest, place, None, turn + row.first_turn, whole.text)
-                made.append(found or replace(self.slow(row, index), turn=turn + row.first_turn))
+                found = None if whole is None else self._from_whole(row, index, whole)
+                made.append(replace(found or self.slow(row, index), turn=turn + row.first_turn))
             except InstilError as error:
                 problems += [_placed(self._explained(problem, row, index), place) for problem in error.problems]
         return made, problems
+
+    def _from_whole(self, row: Conversation, index: int, whole: Appended) -> Turn | None:
+        """The turn as a part of the row's one rendering; None where something is wrong, so that `slow` says what."""
+        start = whole.ends[index - 1]
+        if not whole.text.startswith(whole.header, start):
+            return None
+        start += len(whole.header)
+        rest = whole.text[start : whole.ends[index]]
+        found = self._cut(row, index, whole.text[:start], rest)
+        if isinstance(found, Problem):
+            return None
+        return replace(found, rendered=whole.text) if rest.startswith(found.answer) else found
 
     def _explained(self, problem: Problem, row: Conversation, index: int) -> Problem:
         """A refusal by the template, told apart: is it the system message that it does not take?"""
@@ -157,9 +161,7 @@ class TurnMaker:
         prompt = prompt_text(before, self.template, tools, args)
         whole = self.template.render([*before, message], tools=tools, args=args, generation_prompt=False)
         if whole.startswith(prompt):
-            found = self._cut(row, index, prompt, whole[len(prompt) :], place, None)
-            assert found is not None
-            return found
+            return _good(self._cut(row, index, prompt, whole[len(prompt) :]))
         return self._through_channel(row, index, before, prompt, whole, place)
 
     def _through_channel(
@@ -170,8 +172,10 @@ class TurnMaker:
         channel = find_channel(self.template, before, row.tools, row.template_args, prompt, self._channels)
         if channel is None or whole[: channel.shared] != prompt[: channel.shared]:
             rest = _after_same_message(before[-1], prompt, whole)
-            found = None if rest is None else self._cut(row, index, prompt, rest, place, None, quick=True)
-            if found is None:
+            found = None if rest is None else self._cut(row, index, prompt, rest)
+            if isinstance(found, Problem) and found.rule == "ambiguous-terminator":
+                raise TemplateError(found)
+            if found is None or isinstance(found, Problem):
                 closed = THOUGHT.search(prompt[-60:])
                 if closed is not None and (message.reasoning or THINK.match(message.content)):
                     raise _channel_closed(place, closed.group().strip())
@@ -189,8 +193,7 @@ class TurnMaker:
                 raise _channel_closed(place, channel.opening)
         else:
             raise TemplateError.at(place, *_rewritten(prompt, whole), "rewrites-prompt")
-        found = self._cut(row, index, prompt, rest, place, channel)
-        assert found is not None
+        found = _good(self._cut(row, index, prompt, rest))
         self._note("channels_closed" if channel.is_open else "channels_closed_by_prompt")
         return found
 
@@ -200,45 +203,24 @@ class TurnMaker:
         at = rest.rfind(ending.text)
         return rest[at:] if at >= 0 else ""
 
-    def _cut(
-        self,
-        row: Conversation,
-        index: int,
-        prompt: str,
-        rest: str,
-        place: str,
-        channel: Channel | None,
-        turn: int = 0,
-        rendered: str = "",
-        quick: bool = False,
-    ) -> Turn | None:
-        """The turn whose rendering after the prompt is `rest`: its answer ends with the terminator, its content is in it.
-
-        rendered: the text of the whole row, of which prompt and answer are the beginning. With it, or quick, the result
-        is None instead of an error, so that the slow way says what is wrong.
-        """
-        quick = quick or bool(rendered)
+    def _cut(self, row: Conversation, index: int, prompt: str, rest: str) -> Turn | Problem:
+        """The turn whose rendering after the prompt is `rest`: its answer ends with the terminator, its content is in it."""
+        place = f"{row.origin}: messages[{index}]"
         message = row.messages[index]
         ending = self.endings.of(message)
         body, found, after = rest.partition(ending.text)
         if not found and not ending.appended:
-            if quick:
-                return None
             what = f"the turn does not end with {ending.text!r} as other answers do, but with {rest[-24:]!r}"
-            raise TemplateError.at(place, what, OTHER_TEMPLATE, "no-terminator")
+            return Problem(place, what, OTHER_TEMPLATE, "no-terminator")
         between, again, _ = after.partition(ending.text)
         if (again and between.strip()) or (found and not again and ending.token_id is None and after.strip()):
             what = f"the answer holds {ending.text!r}, which ends it, more than once: the server would stop too early"
-            raise TemplateError.at(place, what, "remove it from the content", "ambiguous-terminator")
+            return Problem(place, what, "remove it from the content", "ambiguous-terminator")
         for problem in self._content_faults(message, prompt, body, place):
-            if quick:
-                return None
-            raise TemplateError(problem)
+            return problem
         simple = not message.fields and not any(tag in body for tag in THOUGHT_BEGINS)
-        return Turn(
-            prompt, body, ending, index, turn, message.weight * row.weight,
-            () if simple else tuple(spans(message, prompt, body)), channel, rendered if found else "",
-        )  # fmt: skip
+        of_body = () if simple else tuple(spans(message, prompt, body))
+        return Turn(prompt, body, ending, index, 0, message.weight * row.weight, of_body)
 
     def _content_faults(self, message: Message, prompt: str, body: str, place: str) -> Iterator[Problem]:
         """What of the message the template left out of the answer, or wrote into a channel that the prompt opened."""
@@ -293,6 +275,13 @@ class TurnMaker:
 
     def _note(self, what: str) -> None:
         self.notes[what] = self.notes.get(what, 0) + 1
+
+
+def _good(found: Turn | Problem) -> Turn:
+    """The turn. Raises TemplateError for what is wrong with it."""
+    if isinstance(found, Problem):
+        raise TemplateError(found)
+    return found
 
 
 def _after_same_message(last: Message, prompt: str, whole: str) -> str | None:
