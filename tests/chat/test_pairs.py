@@ -234,6 +234,13 @@ def test_later_branches_know_their_turn(tokenizer, template):
     assert [example.turn for example in made(row, tokenizer, template).examples] == [4, 5, 6]
 
 
+def test_later_branches_know_their_turn_where_each_is_rendered(tokenizer):
+    """A template that counts the messages is followed turn by turn; the numbers are the same."""
+    template = Template("{% set n = messages | length %}" + PLAIN, {}, place="t")
+    row = Conversation(LONG.messages, "a:1", first_turn=4)
+    assert [example.turn for example in made(row, tokenizer, template).examples] == [4, 5, 6]
+
+
 def test_tools_and_arguments_of_the_row_reach_every_prompt(tokenizer):
     """Each prompt is what `served_prompt` gives for the same tools and template arguments."""
     source = "{{ tools | tojson if tools }}{{ 'kind ' if mood == 'kind' }}" + PLAIN

@@ -51,6 +51,16 @@ def test_over_the_epochs_every_example_is_used_as_often_as_asked(
             assert exact.__floor__() <= used[i] <= exact.__ceil__()
 
 
+@pytest.mark.parametrize("times", [3, 7, 49])
+def test_n_epochs_of_an_nth_are_one_pass(times: int) -> None:
+    """Though 1/n is no exact number, no example is left for another epoch, and none comes twice."""
+    tokens = conversations(98, 0)
+    mix = Mix(repeats=(1 / times,))
+    used = [epoch_examples(tokens, np.zeros(98, np.int64), mix, 0, epoch) for epoch in range(2 * times)]
+    for half in (used[:times], used[times:]):
+        assert sorted(np.concatenate(half).tolist()) == list(range(98))
+
+
 @small
 @given(some_sources, tenths, st.integers(0, 3), st.integers(0, 5))
 def test_an_epoch_has_the_whole_copies_and_a_part(

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instil.pack.bins import plan_packs, shuffled
-from instil.pack.plan import StepPlan, computed_tokens, epoch_packs, packs_in_order, plan_steps
+from instil.pack.plan import StepPlan, _dealt, computed_tokens, epoch_packs, packs_in_order, plan_steps
 from instil.pack.prefixes import Prefixes
 from instil.pack.tree import build_pack
 from instil.types import Example
@@ -169,6 +169,15 @@ def test_the_packs_of_a_step_hold_as_many_examples_as_those_of_another() -> None
         steps = epoch_packs(Prefixes.none(lengths), StepPlan(12, 24, 6, 26, 12), 0, epoch)
         assert [sum(map(len, packs)) for packs in steps] == [26] * 6
         assert [len(packs) for packs in steps] == [4] * 6
+
+
+def test_packs_of_many_examples_are_not_dealt_to_the_same_step() -> None:
+    """Packs of 9, 8, 7, 3, 2 and 1 examples, in any order, over 3 steps: 10 examples in each, two packs each."""
+    counts = [3, 9, 1, 8, 2, 7]
+    for seed in range(5):
+        steps = _dealt(counts, 3, np.random.default_rng(seed).permutation(6))
+        assert sorted(pack for step in steps for pack in step) == list(range(6))
+        assert [(len(step), sum(counts[pack] for pack in step)) for step in steps] == [(2, 10)] * 3
 
 
 def as_lists(steps: list[list[Any]]) -> list[list[list[int]]]:

@@ -100,7 +100,7 @@ def _dealt(target_tokens: Indices, source: Indices, s: int, seed: int) -> tuple[
 def _ends(ends: Indices, repeat: float, epochs: Indices) -> Indices:
     """How many examples of a source have been dealt after each of `epochs` epochs; ends: as in `_dealt`."""
     n = len(ends) - 1
-    wholes, part = np.divmod(np.round(epochs * repeat, 9), 1.0)  # 3 * (1 / 3 + a rounding error) is one pass
+    wholes, part = np.divmod(epochs * repeat, 1.0)  # a rounding error changes nothing: the nearest example is meant
     wanted = part * ends[-1]
     after = np.minimum(np.searchsorted(ends, wanted), n)
     before = np.maximum(after - 1, 0)
