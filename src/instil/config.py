@@ -70,7 +70,7 @@ class TargetsConfig(Section):
     answer: float = Field(1.0, ge=0, le=1000, description="weight of answer text")
     reasoning: float = Field(1.0, ge=0, le=1000, description="weight of reasoning")
     tool_call: float = Field(1.0, ge=0, le=1000, description="weight of tool calls")
-    terminator: float = Field(1.0, gt=0, le=1000, description="weight of the token that ends an answer")
+    terminator: float = Field(1.0, ge=0.001, le=1000, description="weight of the token that ends an answer")
 
 
 class PackConfig(Section):

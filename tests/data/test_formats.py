@@ -349,7 +349,7 @@ def test_every_row_is_accounted_for():
     assert (len(result.conversations), len(result.dropped), len(result.problems)) == (2, 1, 1)
 
 
-@pytest.mark.parametrize("weight", ["1", -1, True, float("nan"), 1e30])
+@pytest.mark.parametrize("weight", ["1", -1, True, float("nan"), 1e30, 1e-30])
 def test_a_weight_is_a_number_from_zero(weight):
     """A message's weight that is no number from 0 is named with its place."""
     (line,) = problems({"messages": [USER, {**ANSWER, "weight": weight}]})
@@ -473,7 +473,7 @@ def test_how_much_a_message_counts(said, weight):
         ({"train": True, "weight": 0}, "train: is true beside a weight of 0"),
         ({"weight": 1, "loss_weight": 0}, "loss_weight: is 0 beside a weight of 1"),
         ({"train": "no"}, "train: is text, not true or false"),
-        ({"loss_weight": -1}, "loss_weight: is -1, not a number from 0"),
+        ({"loss_weight": -1}, "loss_weight: is -1, not 0 or a number from 1e-9 to 1e9"),
     ],
 )
 def test_contradictory_weights_are_refused(said, field):
@@ -505,9 +505,9 @@ def test_the_fields_of_a_row_are_read_in_every_format(row):
 @pytest.mark.parametrize(
     ("field", "expected"),
     [
-        ({"weight": -1}, "weight: is -1, not a number from 0"),
-        ({"weight": "much"}, "weight: is 'much', not a number from 0"),
-        ({"weight": True}, "weight: is True, not a number from 0"),
+        ({"weight": -1}, "weight: is -1, not 0 or a number from 1e-9 to 1e9"),
+        ({"weight": "much"}, "weight: is 'much', not 0 or a number from 1e-9 to 1e9"),
+        ({"weight": True}, "weight: is True, not 0 or a number from 1e-9 to 1e9"),
         ({"weight": 10**400}, "weight: is 1000"),
         ({"template_args": [1]}, "template_args: is a list, not an object"),
         ({"template_args": "{"}, "template_args: the JSON stops in the middle"),

@@ -42,7 +42,10 @@ def test_a_pair_is_taken_as_it_is(value, weights):
             {"prompt_tokens": [1], "answer_tokens": [2], "weights": [1, 1]},
             "weights: holds 2 numbers for 1 answer tokens",
         ),
-        ({"prompt_tokens": [1], "answer_tokens": [2], "weights": [-1]}, "weights[0]: is -1, not a number from 0"),
+        (
+            {"prompt_tokens": [1], "answer_tokens": [2], "weights": [-1]},
+            "weights[0]: is -1, not 0 or a number from 1e-9 to 1e9",
+        ),
         ({"prompt_tokens": [1], "answer_tokens": [2], "weights": 1}, "weights: is a number, not a list"),
         ({"input_ids": [1, 2], "labels": [-100]}, "labels: holds 1 for 2 input_ids"),
         ({"input_ids": [1, 2], "labels": "x"}, "labels: is text; give one for each"),

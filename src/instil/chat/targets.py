@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from instil.chat.tokenizer import Tokenizer
-from instil.types import KINDS, Example, Float32, Int8, Message
+from instil.types import KINDS, Example, Float32, Int8, Message, common_tokens
 
 ANSWER, REASONING, TOOL_CALL, TERMINATOR, PROMPT = range(len(KINDS))
 THINK = re.compile(r"\s*<(think|thinking|thought|reasoning)>", re.IGNORECASE)
@@ -113,7 +113,7 @@ def _whole(examples: list[Example]) -> list[Example]:
     for example in examples:
         tokens = np.concatenate([example.prompt_tokens, example.answer_tokens])
         prompt = len(example.prompt_tokens)
-        start = min(prompt, max([1, *(_common(tokens, other) for other in before)]))
+        start = min(prompt, max([1, *(common_tokens(tokens, other) for other in before)]))
         before.append(tokens)
         factor = example.weights.max() if len(example.weights) else np.float32(1.0)
         moved.append(
@@ -126,10 +126,3 @@ def _whole(examples: list[Example]) -> list[Example]:
             )
         )
     return moved
-
-
-def _common(left: np.ndarray, right: np.ndarray) -> int:
-    """How many tokens both begin with."""
-    n = min(len(left), len(right))
-    differ = np.flatnonzero(left[:n] != right[:n])
-    return int(differ[0]) if len(differ) else n

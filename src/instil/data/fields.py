@@ -49,7 +49,7 @@ def read_fields(value: Mapping[str, Any], origin: str, columns: Mapping[str, str
         texts[name] = text if isinstance(text, str) else ""
     weight = _weight(value.get(names["weight"]))
     if weight is None:
-        what = f"is {shown(value.get(names['weight']))}, not a number from 0"
+        what = f"is {shown(value.get(names['weight']))}, not 0 or a number from 1e-9 to 1e9"
         problems.append(Problem(f"{origin}: {names['weight']}", what, "write 0, 1 or a share", "weight"))
     arguments = _template_args(value, origin)
     if isinstance(arguments, Problem):

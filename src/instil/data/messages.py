@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -115,7 +114,10 @@ def message_weight(raw: Mapping[str, Any], place: str) -> float | Problem | None
             continue
         if not is_weight(value):
             return Problem(
-                f"{place}.{key}", f"is {shown(value)}, not a number from 0", "write 0, 1 or a share", "weight"
+                f"{place}.{key}",
+                f"is {shown(value)}, not 0 or a number from 1e-9 to 1e9",
+                "write 0, 1 or a share",
+                "weight",
             )
         if found is not None and found != value:
             what = f"is {value} beside a weight of {found}"
@@ -133,10 +135,10 @@ def message_weight(raw: Mapping[str, Any], place: str) -> float | Problem | None
 
 
 def is_weight(value: object) -> bool:
-    """Whether it is a finite number from 0 (and below 1e9: above, a float32 loss has no digits left for the rest)."""
+    """Whether it is 0 or a number from 1e-9 to 1e9: beyond that a float32 loss has no digits left for the rest."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return 0 <= value < 1e9 and math.isfinite(value)
+    return value == 0 or 1e-9 <= value <= 1e9
 
 
 def text_of(raw: Mapping[str, Any], key: str, place: str) -> str | Problem:

@@ -33,7 +33,7 @@ def read_token_pair(value: Mapping[str, Any], origin: str) -> TokenPair | list[P
         return [Problem(place, what, "give a number for each answer token", "weight")]
     bad = next((i for i, weight in enumerate(weights) if not is_weight(weight)), None)
     if bad is not None:
-        what = f"is {shown(weights[bad])}, not a number from 0"
+        what = f"is {shown(weights[bad])}, not 0 or a number from 1e-9 to 1e9"
         return [Problem(f"{place}[{bad}]", what, "write 0, 1 or a share", "weight")]
     return TokenPair(tuple(prompt), tuple(answer), tuple(map(float, weights)))
 
