@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 
 import instil
+import stories
 import tiny
 from instil.config import load_config
-from instil.errors import DataError, Stopped, UsageError
+from instil.errors import DataError, MachineError, Stopped, UsageError
 from instil.explain import Use, explain
 from instil.train import loop
 from instil.types import Pack
@@ -209,3 +211,22 @@ def test_what_is_not_a_run_is_refused(place: Path) -> None:
     with pytest.raises(UsageError, match="is not the folder of a run"):
         explain(str(place), "a.jsonl:1")
     assert tiny.command("explain", place, "a.jsonl:1").code == 2
+
+
+def test_examples_that_are_gone_are_said_with_what_brings_them_back(tmp_path: Path) -> None:
+    """An unfinished run prepares them anew when it goes on; a finished one prepares nothing, and is not sent there."""
+    tiny.write_model(tmp_path / "m")
+    tiny.write_rows(tmp_path / "a.jsonl", tiny.some_rows(40))
+    row = f"{tmp_path}/a.jsonl:1"
+    run = stories.stopped(tmp_path, 4)
+    before = explain(str(run), row)
+    shutil.rmtree(run / "packs")
+    with pytest.raises(
+        MachineError, match="the prepared examples are gone; run its command again to prepare them anew"
+    ):
+        explain(str(run), row)
+    stories.finished(tmp_path)
+    assert explain(str(run), row).examples[0].uses[0].step == before.examples[0].uses[0].step
+    shutil.rmtree(run / "packs")
+    with pytest.raises(MachineError, match="the prepared examples are gone; put them back from a copy, or start over"):
+        explain(str(run), row)

@@ -22,6 +22,9 @@ from instil.folder import (
     keep_metrics_through,
     machine_facts,
     named,
+    read_manifest,
+    read_metrics,
+    refuse_busy,
     run_name,
     write_json,
 )
@@ -73,7 +76,7 @@ def test_other_settings_have_another_folder() -> None:
                    {"targets.turns": "last"}, {"chat.control_text": "reject"}, {"data.too_long": "error"},
                    {"data.mapping": {"prompt": "q"}}, {"chat.template_args": {"x": 1}}):  # fmt: skip
         assert run_name(config_of(Path(), **change)) != base
-    for change in ({"run.threads": 1}, {"checkpoint.keep": 1}, {"evaluate.examples": 1}, {"run.dir": "elsewhere"}):
+    for change in ({"run.threads": 1}, {"checkpoint.keep": 1}, {"run.dir": "elsewhere"}):
         assert run_name(config_of(Path(), **change)) == base
     assert run_name(config_of(Path(), **{"run.name": "mine"})) == "mine"
 
@@ -158,6 +161,74 @@ def test_fresh_is_undone_where_it_fails(tmp_path: Path) -> None:
         assert len(list(run.path.parent.iterdir())) == 2
 
 
+@pytest.mark.parametrize("kept", ["config.yaml", "manifest.json", "metrics.jsonl", "summary.json", "checkpoints"])
+def test_fresh_moves_aside_whatever_a_run_has_left(kept: str, tmp_path: Path) -> None:
+    """One of its files is enough, so that nothing of the old run is gone on from: all of it is moved aside."""
+    config = config_of(tmp_path, **{"run.name": "x"})
+    with claim(config, fresh=False) as run:
+        (run.checkpoints / "step-000005").mkdir(parents=True) if kept == "checkpoints" else (run.path / kept).touch()
+    with claim(config, fresh=True) as run:
+        assert {child.name for child in run.path.iterdir()} == {"run.lock"}
+    (aside,) = run.path.parent.glob("x.old-*")
+    assert (aside / kept).exists()
+
+
+def test_a_run_that_lost_its_lock_is_a_run(tmp_path: Path) -> None:
+    """Configuration and manifest say so as well; one of them alone does not."""
+    config = config_of(tmp_path, **{"run.name": "x"})
+    with claim(config, fresh=False) as run:
+        run.config.write_text("a: 1\n")
+    (run.path / "run.lock").unlink()
+    with pytest.raises(UsageError, match="holds files that are not a run's"), claim(config, fresh=False):
+        pass
+    write_json(run.manifest, MANIFEST)
+    with claim(config, fresh=False) as run:
+        assert (run.path / "run.lock").is_file()
+
+
+def test_a_tilde_in_run_dir_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a shell has it, which leaves run.dir=~/runs as it is; a second claim is refused there too."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    config = config_of(tmp_path, **{"run.dir": "~/runs", "run.name": "x"})
+    with claim(config, fresh=False) as run:
+        assert run.path == tmp_path / "home" / "runs" / "x"
+        with pytest.raises(MachineError, match="is in use by process"):
+            refuse_busy(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+@pytest.mark.parametrize("name", ["packs", "checkpoints"])
+def test_a_file_in_a_folder_s_place_is_named(name: str, tmp_path: Path) -> None:
+    """Before anything is loaded: the disk is not full, and freeing space would not help."""
+    config = config_of(tmp_path, **{"run.name": "x"})
+    with claim(config, fresh=False) as run:
+        write_json(run.manifest, MANIFEST)
+        (run.path / name).write_text("mine")
+    with (
+        pytest.raises(UsageError, match="is a file, where a run has a folder; move it away"),
+        claim(config, fresh=False),
+    ):
+        pass
+    assert (run.path / name).read_text() == "mine"
+
+
+def test_what_a_killed_fork_left_beside_is_swept(tmp_path: Path) -> None:
+    """Of the run that is claimed; what belongs to others, or only begins alike, stays."""
+    runs = tmp_path / "runs"
+    gone, others = (
+        [".partial-x-0123abcd", ".trash-x-0123abcd"],
+        [".partial-x-y-0123abcd", ".partial-z-0123abcd", ".x.tmp"],
+    )
+    for name in (*gone, *others):
+        (runs / name).mkdir(parents=True)
+    said: list[str] = []
+    with claim(config_of(tmp_path, **{"run.name": "x"}), fresh=False, say=said.append):
+        pass
+    assert {path.name for path in runs.iterdir()} == {"x", *others}
+    assert said == [f"removed from {runs} what a process that died left half-written: {', '.join(gone)}"]
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 def test_what_is_not_a_run_s_is_not_touched(fresh: bool, tmp_path: Path) -> None:
     """A file in the folder's place, or a folder with other files: exit 2, nothing changed."""
@@ -189,11 +260,14 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == [file]
 
 
+COUNTS = {"seconds": 0.5, "computed_tokens": 9}  # what every record has
+
+
 def test_metrics_are_cut_after_a_step(tmp_path: Path) -> None:
     """What a resumed run makes again is dropped, and so is a torn last line; the rest is byte for byte the same."""
     file = tmp_path / "metrics.jsonl"
     for step in range(1, 6):
-        append_metrics(file, {"step": step, "loss": 1 / step})
+        append_metrics(file, {"step": step, "loss": 1 / step, **COUNTS})
     lines = file.read_bytes().splitlines(keepends=True)
     with file.open("ab") as torn:
         torn.write(b'{"step":6,"lo')
@@ -201,7 +275,7 @@ def test_metrics_are_cut_after_a_step(tmp_path: Path) -> None:
     assert file.read_bytes() == b"".join(lines)
     keep_metrics_through(file, 3)
     assert file.read_bytes() == b"".join(lines[:3])
-    append_metrics(file, {"step": 4})
+    append_metrics(file, {"step": 4, **COUNTS})
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3, 4]
     keep_metrics_through(file, 0)
     assert file.read_bytes() == b""
@@ -212,10 +286,25 @@ def test_metrics_are_cut_after_a_step(tmp_path: Path) -> None:
 def test_a_last_line_that_lost_its_end_of_line_gets_it_back(tmp_path: Path) -> None:
     """Torn exactly before the line feed: the next record still begins a line."""
     file = tmp_path / "metrics.jsonl"
-    file.write_bytes(b'{"step":1}\n{"step":2}')
+    lines = [b'{"step":%d,"seconds":0.5,"computed_tokens":9}' % step for step in (1, 2, 3)]
+    file.write_bytes(b"\n".join(lines[:2]))
     keep_metrics_through(file, 2)
-    append_metrics(file, {"step": 3})
-    assert file.read_bytes() == b'{"step":1}\n{"step":2}\n{"step":3}\n'
+    append_metrics(file, {"step": 3, **COUNTS})
+    assert file.read_bytes() == b"\n".join(lines) + b"\n"
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step":2}', '{"step":2,"seconds":0.5}', '{"step":2,"seconds":"1","computed_tokens":9}']
+)
+def test_a_line_without_its_counts_is_no_record(line: str, tmp_path: Path) -> None:
+    """What is summed over the lines is there in each, or the line is as good as torn."""
+    file = tmp_path / "metrics.jsonl"
+    append_metrics(file, {"step": 1, **COUNTS})
+    with file.open("a") as more:
+        more.write(line + "\n")
+    assert read_metrics(file) == [{"step": 1, **COUNTS}]
+    (warned,) = keep_metrics_through(file, 2)
+    assert "1 of the 2 steps done have no readable line" in warned
 
 
 def test_the_machine_is_named() -> None:
@@ -226,6 +315,50 @@ def test_the_machine_is_named() -> None:
     assert facts["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert facts["versions"].keys() >= {"instil", "python", "torch", "transformers", "tokenizers", "numpy"}
     assert json.dumps(facts)
+
+
+# ── documents of a run that somebody else has had in hand ────────────────────────────────────────────────────────────
+
+MANIFEST: dict[str, Any] = {
+    "model": {"name": "org/base@main"}, "tokenizer_sha256": "a", "template_sha256": "b", "data_sha256": {"a.jsonl": "c"},
+    "packs": "0123456789abcdef",
+}  # fmt: skip
+
+
+def test_a_manifest_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """With nothing but what every version wrote; and a run without one has begun nothing."""
+    run = RunFolder(tmp_path)
+    assert read_manifest(run) == {}
+    write_json(run.manifest, MANIFEST)
+    assert read_manifest(run) == MANIFEST
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("packs", "/etc"), ("packs", "../../../etc"), ("packs", "../packs"), ("packs", "0123456789abcdeF"), ("packs", ""),
+        ("packs", "0123456789abcdef\n"), ("packs", "0123456789abcdef/.."), ("packs", 7), ("packs", None),
+        ("model", None), ("model", "m"), ("model", {}), ("tokenizer_sha256", None), ("template_sha256", 7),
+        ("data_sha256", None), ("data_sha256", []), ("data_sha256", {"a": 1}), ("date", "garbage"), ("date", 20),
+        ("versions", None), ("numerics", [1]), ("changes", {}), ("run", [1]),
+    ],
+)  # fmt: skip
+def test_a_manifest_of_another_shape_is_damaged(key: str, value: Any, tmp_path: Path) -> None:
+    """Values of other types, and names of folders that are paths: one line that names the key, exit 5, no traceback."""
+    write_json(RunFolder(tmp_path).manifest, {**MANIFEST, key: value})
+    with pytest.raises(MachineError) as refused:
+        read_manifest(RunFolder(tmp_path))
+    (line,) = refused.value.lines()
+    assert line.startswith(f"{tmp_path / 'manifest.json'}: cannot be read ({key}")
+    assert line.endswith("; put it back from a copy, or start over with --fresh")
+
+
+@pytest.mark.parametrize("key", sorted(MANIFEST))
+def test_a_manifest_that_lacks_a_key_is_damaged(key: str, tmp_path: Path) -> None:
+    """What every version wrote must be there."""
+    write_json(RunFolder(tmp_path).manifest, {name: value for name, value in MANIFEST.items() if name != key})
+    with pytest.raises(MachineError, match=rf"cannot be read \({key}: "):
+        read_manifest(RunFolder(tmp_path))
 
 
 # ── what a name stands for ───────────────────────────────────────────────────────────────────────────────────────────
@@ -240,7 +373,7 @@ def test_a_name_is_a_run_or_a_model(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "x")
     run.path.mkdir()
     run.config.write_text("model: m\n")
-    write_json(run.manifest, {"model": {"name": "org/base@main"}})
+    write_json(run.manifest, MANIFEST)
     with pytest.raises(UsageError, match="not finished") as refused:
         named(str(run.path), need_weights=False)
     assert refused.value.exit_code == 2

@@ -11,27 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 import instil
 import tiny
+from architectures import DECODER, architecture
 from instil.config import load_config
+from instil.costs import costs_of
 from instil.data.spec import SourceSpec
 from instil.errors import ModelError, UsageError
-from instil.forecast import (
-    DTYPES,
-    compared,
-    costs_of,
-    forecast,
-    measuring_passes,
-    saved_bytes_per_token,
-    shapes,
-    weight_bytes,
-)
+from instil.footprint import saved_bytes_per_token, weight_bytes
+from instil.forecast import forecast, measuring_passes
 from instil.model.attention import attention
 from instil.model.load import hidden_states, load_model
+from instil.model.memory import activation_bytes_per_token
 from instil.pack.mix import Mix
 from instil.pack.tree import build_pack
 from instil.plan import Work, mix_of
+from instil.planned import DTYPES, compared, shapes
 from instil.run import Listener
 from instil.train import loop
 from instil.train.loss import pack_loss
@@ -251,6 +248,28 @@ def test_attention_is_half_of_the_square_and_the_diagonal(place: Path, some_exam
     assert costs.training_flops(Work(attended_pairs=100 * 101 // 2)) == pytest.approx(square / 2 * 1.01, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Mixtral", {}),
+        ("Mixtral", {"num_local_experts": 32}),
+        ("gpt-oss, window and sinks", {"num_local_experts": 32}),
+        ("Qwen3-MoE", {"num_experts": 8}),
+        ("Phi-3.5-MoE, window", {}),
+        ("DeepSeek-V3, compressed keys", {"v_head_dim": 12}),
+    ],
+)
+def test_flops_of_experts_and_compressed_keys_are_what_torch_counts(
+    name: str, changes: dict[str, int], some_examples: Any
+) -> None:
+    """A token is sent to two experts, however many there are; heads of compressed keys have widths of their own. torch
+    counts whole squares of attention, and experts only where each is a matrix product."""
+    net = architecture(name, attention="instil_dense", experts_implementation="eager", **changes)
+    found = flops_by_torch(net, [build_pack(some_examples(lengths=[(10, 31)]), [0])])
+    work = Work(computed_tokens=40, target_tokens=31, attended_pairs=40 * 40)
+    assert costs_of(net, adapted=False).training_flops(work) == pytest.approx(sum(found.values()), rel=1e-3)
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_flops_by_the_formula_of_the_book(rank: int, place: Path) -> None:
     """3(2 P_b + A) + 6 d V r for full tuning, 4 P_b + 3 A + 4 d V r + 6 P_lora with an adapter, a computed token."""
@@ -320,6 +339,23 @@ def test_saved_activations_are_those_that_torch_saves(
         hidden_states(net, pack)
     found = sum(size for pointer, (size, _) in kept.items() if pointer not in weights)
     assert saved_bytes_per_token(net, dtype) * len(pack.tokens) == pytest.approx(found, rel=0.2)
+
+
+def test_layers_of_different_widths_are_planned_by_their_mean(place: Path, configure: Configure) -> None:
+    """Gemma 3n has a list of widths; four layers of 96 keep what two of 64 and two of 128 do, and a plan is made."""
+    kept = []
+    for wide in ([96] * 4, [64, 128, 128, 64]):
+        config = AutoConfig.for_model("gemma3n_text", **{
+            **DECODER, "vocab_size": 300, "head_dim": 8, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "laurel_rank": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 300, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4,
+            "intermediate_size": wide,
+        })  # fmt: skip
+        config.save_pretrained(place / "m")
+        net = shapes(place / "m", configure())
+        kept.append((saved_bytes_per_token(net, torch.bfloat16), activation_bytes_per_token(net, torch.bfloat16)))
+    assert kept[0] == kept[1]
+    assert forecast(configure("pack.tokens=null"), measure=False).peak_memory_bytes > 0
 
 
 # ── afterwards ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -414,7 +450,7 @@ def test_what_does_not_fit_is_computed_again(configure: Configure, monkeypatch: 
     the same to the bit."""
     whole = instil.train(configure("run.name=whole"))
     usual = forecast(configure(), measure=False)
-    monkeypatch.setattr(sys.modules["instil.forecast"], "machine_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(sys.modules["instil.footprint"], "machine_bytes", lambda device: 1_000_000)
     lines: list[str] = []
     less = forecast(configure(), measure=False, say=lines.append)
     said: list[str] = []

@@ -234,3 +234,46 @@ def test_a_fork_that_fails_leaves_nothing(place: Path, monkeypatch: pytest.Monke
         fork(str(run), "y")
     assert not run.with_name("y").exists()
     assert stories.contents(place) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "gives"), [(["train.epochs=1"], 5), (["train.steps=3"], 3), (["train.batch_examples=20"], 4), ([], 10)]
+)
+def test_a_fork_with_nothing_to_learn_is_refused(settings: list[str], gives: int, place: Path) -> None:
+    """Settings under which the run would end where it already is, or before: exit 2 with both numbers, and no folder."""
+    run = stories.finished(place)
+    before = tiny.tree(place)
+    with pytest.raises(UsageError, match=f"10 steps are done, and these settings give {gives}: ") as refused:
+        fork(str(run), "y", settings)
+    assert refused.value.lines()[0].endswith("; raise train.epochs or train.steps in the fork's settings")
+    assert tiny.tree(place) == before
+    assert fork(str(run), "y", [*settings, "train.epochs=9", "train.steps=100"])[1] == 10
+
+
+def test_a_fork_that_is_not_trained_yet_can_be_forked(place: Path) -> None:
+    """It has no manifest, and goes on as a fork of the run does."""
+    run = stories.stopped(place, DONE)
+    first, _ = fork(str(run), "y", ["train.lr=3e-3"])
+    second, done = fork(str(first), "z")
+    assert done == DONE
+    assert load_config(second / "config.yaml").train.lr == 3e-3
+    assert stories.differing(go_on(second)[0], go_on(first)[0]) == []
+
+
+def test_what_is_left_of_a_fork_is_no_run(place: Path) -> None:
+    """Its lock alone: `train` on the folder is refused, and an ordinary run of that name begins at the beginning."""
+    stories.stopped(place, DONE)
+    left = place / "runs" / "y"
+    left.mkdir()
+    (left / "run.lock").touch()
+    assert tiny.command("train", left).code == 2
+    said = stories.train(place, name="y")
+    assert said.code == 0
+    assert not [line for line in said.err if line.startswith("resumed")]
+
+
+def test_a_fork_into_the_home_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """~ in run.dir is the home folder, here too."""
+    run = stories.stopped(place, DONE)
+    monkeypatch.setenv("HOME", str(place / "home"))
+    assert fork(str(run), "y", ["run.dir=~/forks"])[0] == place / "home" / "forks" / "y"

@@ -16,6 +16,7 @@ from instil import workers
 from instil.audit import check
 from instil.config import Config, load_config
 from instil.errors import DataError, TemplateError
+from instil.files import sha256_of
 from instil.folder import RunFolder
 from instil.prepare import Chat, Prepared, data_digests, examples, open_chat, prepare
 
@@ -190,6 +191,93 @@ def test_half_written_stores_are_not_believed(model: Path, tmp_path: Path, monke
             prepared(model, file, tmp_path / "run")
     assert tiny.tree(tmp_path / "run") <= {"packs"}
     assert len(prepared(model, file, tmp_path / "run").train) == 10
+
+
+def test_a_ledger_that_is_gone_is_made_again(model: Path, tmp_path: Path) -> None:
+    """With the same lines, and without one that is not asked for."""
+    file = tiny.write_rows(tmp_path / "a.jsonl", tiny.some_rows(10))
+    prepared(model, file, tmp_path / "run")
+    before = (tmp_path / "run" / "ledger.jsonl").read_bytes()
+    (tmp_path / "run" / "ledger.jsonl").unlink()
+    prepared(model, file, tmp_path / "run")
+    assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == before
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The examples would stand under the name of other rows; nothing is stored, and the file is named."""
+    file = tiny.write_rows(tmp_path / "a.jsonl", tiny.some_rows(10))
+    read = stage.load_conversations
+
+    def meanwhile(*given: Any, **named: Any) -> Any:
+        tiny.write_rows(file, tiny.some_rows(11))
+        return read(*given, **named)
+
+    monkeypatch.setattr(stage, "load_conversations", meanwhile)
+    with pytest.raises(DataError, match=r"a\.jsonl: changed while it was read; start again"):
+        prepared(model, file, tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+    monkeypatch.undo()
+    assert len(prepared(model, file, tmp_path / "run").train) == 11
+
+
+def test_the_ledger_is_that_of_the_examples(model: Path, tmp_path: Path) -> None:
+    """One file, another, the first again, the run not begun in between: the rows of the first, not those of the other."""
+    one, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    tiny.write_rows(one, tiny.some_rows(6))
+    tiny.write_rows(other, tiny.some_rows(9))
+    for file, rows in ((one, 6), (other, 9), (one, 6)):
+        found = prepared(model, file, tmp_path / "run", **{"data.heldout": 0.0})
+        assert found.record["rows"]["used_rows"] == rows
+        assert [entry["origin"] for entry in ledger_of(tmp_path / "run")] == [f"{file}:{i + 1}" for i in range(rows)]
+
+
+def test_examples_of_a_version_that_kept_no_hash_of_the_ledger_are_used(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not made anew, as their ledger is there."""
+    file = tiny.write_rows(tmp_path / "a.jsonl", tiny.some_rows(10))
+    stored = tmp_path / "run" / "packs" / prepared(model, file, tmp_path / "run").key
+    record = json.loads((stored / "record.json").read_text())
+    del record["ledger_sha256"]
+    (stored / "record.json").write_text(json.dumps(record))
+    (stored / "sha256.json").write_text(json.dumps(sha256_of(stored)))
+    monkeypatch.setattr(stage, "make", lambda *_: pytest.fail("made anew"))
+    assert prepared(model, file, tmp_path / "run").record == record
+
+
+def test_a_template_that_asks_for_the_date_has_examples_of_that_date(model: Path, tmp_path: Path) -> None:
+    """In a folder whose run has not begun yet: another day, other prompts. A template that does not ask has the same ones."""
+    (tmp_path / "t.jinja").write_text("{{ strftime_now('%Y-%m-%d') }}<|im_end|>" + tiny.CHATML)
+    file = tiny.write_rows(tmp_path / "a.jsonl", tiny.some_rows(2))
+    (tmp_path / "run").mkdir()
+
+    def on(day: str, template: str | None) -> tuple[str, str]:
+        chat = open_chat(model, template, day)
+        config = config_of(model, file, template=template, **{"data.heldout": 0.0})
+        found = prepare(config, model, chat, data_digests(config), RunFolder(tmp_path / "run"))
+        return found.key, chat.tokenizer.decode(found.train[0].prompt_tokens.tolist())
+
+    days = ("2020-02-29", "2020-03-01")
+    asking = [on(day, str(tmp_path / "t.jinja")) for day in days]
+    assert asking[0][0] != asking[1][0]
+    assert [text[:10] for _, text in asking] == list(days)
+    assert on(days[0], None) == on(days[1], None)
+
+
+def test_the_ledger_keeps_the_order_of_the_files(model: Path, tmp_path: Path) -> None:
+    """A row of the second of two files is dropped while it is read, before any other is paired: still the first file first."""
+    rows = tiny.some_rows(5)
+    rows[1] = tiny.row("say", " ")
+    files = [
+        str(tiny.write_rows(tmp_path / "b.jsonl", tiny.some_rows(5))),
+        str(tiny.write_rows(tmp_path / "a.jsonl", rows)),
+    ]
+    given = {"data.train": files, "data.heldout": 0.0, "data.drop_most": 1.0, "data.leak": "allow"}
+    prepared(model, Path(files[0]), tmp_path / "run", **given)
+    found = [entry["origin"] for entry in ledger_of(tmp_path / "run")]
+    assert found == [f"{file}:{i}" for file in files for i in range(1, 6)]
 
 
 # ── checking ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,7 +12,9 @@ import torch
 
 import stories
 import tiny
-from instil.errors import MachineError, UsageError
+from instil import compiling, forecast
+from instil import replay as replaying
+from instil.errors import DivergedError, MachineError, UsageError
 from instil.replay import replay
 from instil.train import loop
 
@@ -140,3 +142,70 @@ def test_a_damaged_incident_is_said(place: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(MachineError, match=r"weights\.safetensors is not what was saved"):
         replay(str(run))
+
+
+def test_what_was_drawn_at_random_is_drawn_again(place: Path) -> None:
+    """Dropout: the replayed step has the loss and the gradient norm that the step had, as it draws the same numbers."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = tiny.write_model(place / "drops", weights=False)
+    size = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "eos_token_id": 0}
+    drops = {"resid_pdrop": 0.3, "embd_pdrop": 0.1, "attn_pdrop": 0.0}
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(**size, **drops, bos_token_id=None)).save_pretrained(model)
+    real, made = loop.train_step, []
+
+    def refused(net: Any, optimizer: Any, batch: Any, **options: Any) -> Any:
+        if batch.step != AT:
+            return real(net, optimizer, batch, **options)
+        made.append(real(net, optimizer, batch, **{**options, "most_loss": 0.0}))  # computed, not learnt from
+        raise DivergedError.at("step 3", "planted", "")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", refused)
+        assert stories.train(place, f"model={model}").code == 6
+    found = replay(str(place / "runs" / "x"))
+    (step,) = made
+    assert found.problems == [f"step 3: loss {step.loss:.4g}, gradient norm {step.grad_norm:.4g}"]
+
+
+def test_the_step_is_computed_as_it_was(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where layers were compiled, or computed again for want of memory, the replay does so too; else it does not."""
+    done: list[str] = []
+
+    def noted(place: Any, name: str) -> None:
+        monkeypatch.setattr(place, name, lambda *given: done.append(f"{place.__name__}: {name}"))
+
+    noted(compiling, "compile_layers")
+    noted(replaying, "compile_layers")
+    noted(replaying, "compute_layers_again")
+    poison = in_master("model.norm.weight", float("nan"))
+    replay(str(diverged(place, poison)))
+    assert done == []
+    monkeypatch.setattr(forecast, "machine_bytes", lambda device: 1)
+    run = diverged(place, poison, "train.compile=true", "run.name=y").with_name("y")
+    assert done == ["instil.compiling: compile_layers"]
+    monkeypatch.undo()
+    noted(replaying, "compile_layers")
+    noted(replaying, "compute_layers_again")
+    assert replay(str(run)).diverged
+    assert done[1:] == ["instil.replay: compile_layers", "instil.replay: compute_layers_again"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "7", '{"lr": "much"}', '{"lr": null}'])
+def test_an_incident_that_says_nothing_is_said(place: Path, content: str) -> None:
+    """incident.json empty, cut, or another document: exit 5 with its name, no traceback."""
+    run = with_incident(place, content)
+    said = tiny.command("replay", run)
+    assert said.code == 5, said.err
+    assert len(said.err) == 1
+    assert f"{run / 'incident' / 'incident.json'}: cannot be read (" in said.err[0]
+    assert "run the run's command again" in said.err[0]
+
+
+def with_incident(place: Path, content: str) -> Path:
+    """A run with an incident.json."""
+    run = stories.finished(place, "train.steps=1")
+    (run / "incident").mkdir(exist_ok=True)
+    (run / "incident" / "incident.json").write_text(content)
+    return run

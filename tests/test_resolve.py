@@ -10,6 +10,7 @@ import pytest
 
 from instil.config import HARMLESS, Config, dump_config, flat, keys, load_config
 from instil.errors import UsageError
+from instil.folder import RunFolder
 from instil.pack.store import ExampleStore, write_examples
 from instil.resolve import recorded, resolve, total_steps
 from instil.types import Example
@@ -103,7 +104,7 @@ def test_resolving_twice_changes_nothing(store: ExampleStore) -> None:
 def test_a_new_run_is_as_it_was_given(tmp_path: Path) -> None:
     """Without a record there is nothing to compare."""
     config = config_of(**{"train.lr": 1.0})
-    assert recorded(config, tmp_path / "none.yaml") is config
+    assert recorded(config, RunFolder(tmp_path)) is config
 
 
 def test_open_values_are_those_of_the_record(tmp_path: Path, store: ExampleStore) -> None:
@@ -111,7 +112,7 @@ def test_open_values_are_those_of_the_record(tmp_path: Path, store: ExampleStore
     config = config_of(**{"train.epochs": 3})
     full, _ = resolve(config, store, FITS, "x")
     (tmp_path / "config.yaml").write_text(dump_config(full))
-    assert recorded(config, tmp_path / "config.yaml") == full
+    assert recorded(config, RunFolder(tmp_path)) == full
 
 
 OTHER = {
@@ -129,7 +130,10 @@ OTHER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("key", [key for key in keys() if key not in ("train.batch_tokens", "data.train")])
+BY_CONTENT = ("model", "template", "data.train")  # what they hold counts, not where it is (tests/faults)
+
+
+@pytest.mark.parametrize("key", [key for key in keys() if key not in ("train.batch_tokens", *BY_CONTENT)])
 def test_every_key_that_shapes_the_result_is_fixed(key: str, tmp_path: Path, store: ExampleStore) -> None:
     """Changed when a run goes on, each key is refused by name with both values, or is one of the harmless ones."""
     begun = {"adapter.rank": 2} if key in ("adapter.alpha", "adapter.targets") else {}  # they mean nothing without
@@ -137,10 +141,10 @@ def test_every_key_that_shapes_the_result_is_fixed(key: str, tmp_path: Path, sto
     (tmp_path / "config.yaml").write_text(dump_config(full))
     config = load_config(None, (), {"model": "m", "data.train": ["a.jsonl"], **begun} | {key: OTHER[key]})
     if key in HARMLESS:
-        assert flat(recorded(config, tmp_path / "config.yaml").model_dump())[key] == OTHER[key]
+        assert flat(recorded(config, RunFolder(tmp_path)).model_dump())[key] == OTHER[key]
         return
     with pytest.raises(UsageError) as refused:
-        recorded(config, tmp_path / "config.yaml")
+        recorded(config, RunFolder(tmp_path))
     (line,) = refused.value.lines()
     assert line.startswith(f"{key}: ")
     assert f"has {flat(full.model_dump())[key]!r}, now {OTHER[key]!r};" in line
@@ -151,5 +155,5 @@ def test_all_changes_are_named_at_once(tmp_path: Path, store: ExampleStore) -> N
     full, _ = resolve(config_of(), store, FITS, "x")
     (tmp_path / "config.yaml").write_text(dump_config(full))
     with pytest.raises(UsageError) as refused:
-        recorded(config_of(**{"train.lr": 1.0, "train.seed": 2}), tmp_path / "config.yaml")
+        recorded(config_of(**{"train.lr": 1.0, "train.seed": 2}), RunFolder(tmp_path))
     assert [line.split(":")[0] for line in refused.value.lines()] == ["train.lr", "train.seed"]

@@ -15,7 +15,7 @@ import tiny
 from instil import run as story
 from instil import verify as module
 from instil.errors import MachineError, UsageError
-from instil.folder import RunFolder, read_metrics
+from instil.folder import RunFolder, locked, read_metrics
 from instil.verify import Verified, resumes, verify
 
 CHECKS = ["base model", "tokenizer", "template", "data", "prepared examples"]
@@ -150,6 +150,17 @@ def test_what_the_run_began_with_is_compared(file: str, what: str, place: Path) 
     assert not found.ok
 
 
+@pytest.mark.parametrize("content", ["", "{}", '{"loss_before": 1.0', "[]"])
+def test_a_summary_that_cannot_be_read_is_found(content: str, made: Path) -> None:
+    """The result is not known to be what was written: that check fails, and no other."""
+    run = stories.again(made / "runs" / "x", "summary")
+    (run / "summary.json").write_text(content)
+    found = verify(str(run), steps=0)
+    assert failed(found) == ["result"]
+    assert found.checks[-1].detail == "summary.json cannot be read"
+    shutil.rmtree(run)
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     """Exit 2, not a report that all of nothing holds."""
     for name in ("nowhere", "empty"):
@@ -192,6 +203,43 @@ def test_a_run_that_resumes_exactly_passes(made: Path, in_process: None) -> None
         assert check.what == "4 steps + kill + resume"
         assert check.detail == "killed after step 2 of 4; weights, optimizer, metrics equal to the bit"
     assert tiny.tree(made) == before
+
+
+def test_what_a_dead_trial_left_is_removed(made: Path, in_process: None) -> None:
+    """A verify that was killed leaves a folder with runs in it: the next one of that run begins without them."""
+    before = tiny.tree(made)
+    left = stories.again(made / "runs" / "x", "left")
+    (made / "runs" / ".verify-x").mkdir()
+    left.rename(made / "runs" / ".verify-x" / "straight")
+    assert resumes(RunFolder(made / "runs" / "x"), 4).ok
+    assert tiny.tree(made) == before
+
+
+def test_two_verifies_of_a_run_are_kept_apart(made: Path) -> None:
+    """The second one says who is there, and touches nothing of it."""
+    before = tiny.tree(made)
+    with locked(made / "runs" / ".verify-x"):
+        (made / "runs" / ".verify-x" / "straight").mkdir()
+        with pytest.raises(MachineError, match="is in use by process"):
+            resumes(RunFolder(made / "runs" / "x"), 4)
+        assert (made / "runs" / ".verify-x" / "straight").is_dir()
+    shutil.rmtree(made / "runs" / ".verify-x")
+    assert tiny.tree(made) == before
+
+
+def test_the_trial_is_beside_the_run(made: Path, in_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the run is named from within: nothing is made in its folder."""
+    places: list[str] = []
+    real = module._to_the_end
+
+    def noted(words: Sequence[str]) -> None:
+        places.extend(word for word in words if word.startswith("run.dir="))
+        real(words)
+
+    monkeypatch.setattr(module, "_to_the_end", noted)
+    monkeypatch.chdir(made / "runs" / "x")
+    assert resumes(RunFolder(Path(".")), 4).ok
+    assert set(places) == {f"run.dir={made / 'runs' / '.verify-x'}"}
 
 
 def no_moments(progress: Any, run: Any, optimizer: Any) -> None:

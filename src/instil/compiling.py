@@ -8,10 +8,12 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from instil.config import flat, load_config
-from instil.forecast import Planned, built, costs_of, now
+from instil.costs import costs_of
 from instil.model.compiled import can_compile, compile_layers, run_eagerly
 from instil.model.locate import cache_folder
+from instil.pace import now
 from instil.plan import work_of_run
+from instil.planned import Planned
 from instil.train.loss import learn
 from instil.train.optim import MasterAdamW
 
@@ -64,7 +66,7 @@ def _seconds(work: Planned, net: PreTrainedModel, optimizer: MasterAdamW) -> flo
     best = [float("inf")] * len(packs)
     for turn in range(WARM_UP_PACKS + 2):
         for i, indices in enumerate(packs):
-            pack, start = built(work, indices), now(device)
+            pack, start = work.loader.pack(indices), now(device)
             learn(net, pack, float(pack.weight.sum()))
             optimizer.zero()
             if turn >= WARM_UP_PACKS // len(packs):

@@ -79,7 +79,9 @@ class PackConfig(Section):
 
 class TrainConfig(Section):
     lr: float | None = Field(None, gt=0, le=10, description="peak learning rate; null = 2e-5 full, 2e-4 LoRA")
-    epochs: int | None = Field(None, ge=1, le=1000, description="passes over the data; null = 1 above 10k rows, else 2")
+    epochs: int | None = Field(
+        None, ge=1, le=1000, description="passes over the data; null = 1 above 10k examples, else 2"
+    )
     steps: int | None = Field(None, ge=1, description="stop after so many steps; null = when the epochs are done")
     batch_tokens: int | None = Field(None, ge=1, description="target tokens a step, on average")
     batch_examples: int | None = Field(
@@ -151,10 +153,10 @@ class Config(Section):
     run: RunConfig = RunConfig()
 
 
-# Keys that do not change what is learnt, so that a resumed run may have others. All other keys shape the trajectory: they
-# must stay as they were. run.device and run.threads change the order of sums: the run says so once, and goes on.
+# Keys that a resumed run may have otherwise: they do not change what is learnt, nor what its losses are measured on. All
+# other keys must stay as they were. run.device and run.threads change the order of sums: the run says so once, and goes on.
 HARMLESS = (
-    "evaluate.every_steps", "evaluate.examples", "checkpoint.every_steps", "checkpoint.every_s", "checkpoint.keep",
+    "evaluate.every_steps", "checkpoint.every_steps", "checkpoint.every_s", "checkpoint.keep",
     "run.dir", "run.name", "run.device", "run.threads",
 )  # fmt: skip
 UNFORKABLE = ("model", "adapter.rank", "adapter.targets")  # a checkpoint's tensors fit no other
@@ -180,6 +182,11 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         key = prefix + str(name)
         found.update(flat(value, f"{key}.") if isinstance(value, Mapping) and key not in MAPPINGS else {key: value})
     return found
+
+
+def shaping(config: Config) -> dict[str, str]:
+    """The settings that a run must keep, each value as JSON: what a checkpoint's manifest carries."""
+    return {key: json.dumps(value) for key, value in flat(config.model_dump()).items() if key not in HARMLESS}
 
 
 def load_config(file: Path | None, overrides: Sequence[str] = (), given: Mapping[str, Any] | None = None) -> Config:
@@ -234,7 +241,8 @@ def _contradictions(config: Config, places: Mapping[str, str]) -> Iterator[Probl
     """Keys that exclude each other: one of them would be passed over in silence."""
     if config.train.batch_tokens and config.train.batch_examples:
         place = places.get("train.batch_tokens", "train.batch_tokens")
-        yield Problem(place, "train.batch_tokens and train.batch_examples are both set", "keep one of them")
+        remedy = "keep one of them, and set the other to null, for instance train.batch_examples=null"
+        yield Problem(place, "train.batch_tokens and train.batch_examples are both set", remedy)
     for key, value in (("adapter.alpha", config.adapter.alpha), ("adapter.targets", config.adapter.targets)):
         if value and not config.adapter.rank:
             what = f"{key} is set, and adapter.rank is 0, which is full tuning"

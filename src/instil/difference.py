@@ -10,8 +10,8 @@ from instil.folder import RunFolder
 from instil.prepare import heldout_sources, sources
 
 
-def first_difference(run: RunFolder, config: Config, file: str) -> str:
-    """The first row of a file that is not what the run's ledger has, in words."""
+def first_difference(run: RunFolder, config: Config, file: str, was: str) -> str:
+    """The first row of a file that is not what the run's ledger has, in words. was: what the ledger calls the file."""
     try:
         before = {e.origin: e.digest for e in read_ledger(run.ledger)}
         now: dict[str, str] = {}
@@ -21,7 +21,8 @@ def first_difference(run: RunFolder, config: Config, file: str) -> str:
                 now |= {entry.origin: "" for entry in loaded.dropped} | row_digests(loaded.conversations)
     except DataError as error:
         return str(error.problems[0]).removesuffix(".")
-    old, new = ({line_of(o): d for o, d in rows.items() if o.startswith(f"{file}:")} for rows in (before, now))
+    sides = ((before, was), (now, file))
+    old, new = ({line_of(o): d for o, d in rows.items() if o.rpartition(":")[0] == name} for rows, name in sides)
     if not any(old.values()):
         return "which row differs cannot be told, as its ledger has no digests"
     for line in sorted({*old, *new}):

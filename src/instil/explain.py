@@ -73,7 +73,7 @@ def explain(run: str, row: str) -> Explanation:
     folder = open_run(run)
     config = load_config(folder.config)
     entry = _entry(read_ledger(folder.ledger), row)
-    sides = _sides(folder)
+    sides = stored_sides(folder)
     loader = loader_of(config, sides["train"])
     losses = _losses(folder.metrics)
     steps = total_steps(config, loader.plan)
@@ -84,11 +84,13 @@ def explain(run: str, row: str) -> Explanation:
     return Explanation(entry.origin, entry, examples, measured, max(losses, default=0), steps)
 
 
-def _sides(folder: RunFolder) -> dict[str, ExampleStore]:
-    """The stored examples that the run trains on."""
-    stored = folder.packs / read_manifest(folder)["packs"]
+def stored_sides(run: RunFolder) -> dict[str, ExampleStore]:
+    """The stored examples, `train` and `heldout`, of a run that has begun. Raises MachineError where they are gone."""
+    stored = run.packs / read_manifest(run)["packs"]
     if not (stored / "record.json").is_file():
-        raise MachineError.at(stored, "the prepared examples are gone", "run its command again to prepare them anew")
+        again = "put them back from a copy, or start over with --fresh"  # as a finished run prepares nothing
+        remedy = again if run.finished else "run its command again to prepare them anew"
+        raise MachineError.at(stored, "the prepared examples are gone", remedy)
     return open_store(stored)[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -90,9 +91,15 @@ def discard(folder: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def sweep(folder: Path) -> list[str]:
-    """Remove what a process that died left in a folder (the caller has the folder's lock); the names of it."""
+def sweep(folder: Path, of: str = "") -> list[str]:
+    """Remove what a process that died left in a folder (the caller has the folder's lock); the names of it.
+
+    of: only what it left of the folder of that name in there (the caller has that one's lock).
+    """
     left = [path for path in sorted(folder.glob(".*")) if path.name.startswith((PARTIAL, TRASH)) or _is_draft(path)]
+    if of:
+        own = re.compile(f"({re.escape(PARTIAL)}|{re.escape(TRASH)}){re.escape(of)}-[0-9a-f]{{8}}")
+        left = [path for path in left if own.fullmatch(path.name)]
     for path in left:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

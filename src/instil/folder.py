@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import hashlib
 import itertools
@@ -17,17 +18,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import orjson
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from instil import __version__
 from instil.config import HARMLESS, Config, flat
 from instil.errors import InstilError, MachineError, UsageError
-from instil.files import make_folder, sweep, write_atomically
+from instil.files import make_folder, sha256_of_files, sweep, write_atomically
 from instil.model.locate import ModelFolder, locate
 
 LOCK = "run.lock"
+COUNTED = ("seconds", "computed_tokens")  # of each line of metrics.jsonl
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "numpy")
 
 
@@ -87,8 +90,16 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """summary.json is written last."""
-        return self.summary.is_file()
+        """Whether summary.json, which is written last, can be read, and the result is there as it says: every file, and the
+        weights to the bit; the small files may have been edited."""
+        summary = read_summary(self)
+        return summary is not None and _has_result(self.path, summary["files"])
+
+
+def _has_result(folder: Path, files: Mapping[str, str]) -> bool:
+    weights = [name for name in files if name.endswith(".safetensors")]
+    there = all((folder / name).is_file() for name in files)
+    return there and sha256_of_files(folder / name for name in weights) == [files[name] for name in weights]
 
 
 def run_name(config: Config) -> str:
@@ -104,6 +115,17 @@ def run_name(config: Config) -> str:
     return f"{slug or 'run'}-{digest}"  # a name in another script leaves no slug
 
 
+def run_folder(config: Config) -> RunFolder:
+    """The folder of a configuration's run; ~ is the home folder."""
+    return RunFolder(Path(os.path.expanduser(config.run.dir)) / run_name(config))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's: by its lock, or, where that was lost, by the two files that every run has."""
+    run = RunFolder(folder)
+    return (folder / LOCK).is_file() or (run.config.is_file() and run.manifest.is_file())
+
+
 @contextlib.contextmanager
 def claim(config: Config, *, fresh: bool, say: Callable[[str], None] = lambda line: None) -> Iterator[RunFolder]:
     """Open the run's folder for one writer, and remove what a process that died left, which is said. fresh: an older run of
@@ -112,23 +134,27 @@ def claim(config: Config, *, fresh: bool, say: Callable[[str], None] = lambda li
     A run that fails before it has a manifest leaves nothing: what this call made is removed, what it moved is put back.
     Raises UsageError for a folder with files that are not a run's, MachineError when another process holds it.
     """
-    run = RunFolder(Path(config.run.dir) / run_name(config))
+    run = run_folder(config)
     _refuse_place(run.path, config)
     if run.path.exists() and not run.path.is_dir():
         raise UsageError.at("run.dir", f"{run.path} is a file", "choose another run.dir or run.name")
-    if run.path.is_dir() and any(run.path.iterdir()) and not (run.path / LOCK).is_file():
+    if run.path.is_dir() and any(run.path.iterdir()) and not is_run(run.path):
         raise UsageError.at("run.dir", f"{run.path} holds files that are not a run's", "choose another run.name")
     made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
     aside = None
     with contextlib.ExitStack() as locks:
-        locks.enter_context(_locked(run.path))
-        if fresh and (run.finished or run.config.exists()):
+        locks.enter_context(locked(run.path))
+        begun = (run.config, run.manifest, run.checkpoints, run.metrics, run.summary)
+        if fresh and any(place.exists() for place in begun):
             aside = _unused(run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"))
             run.path.rename(aside)
-            locks.enter_context(_locked(run.path))
+            locks.enter_context(locked(run.path))
         try:
-            for place in (run.path, run.packs, run.checkpoints):
-                if left := sweep(place):
+            for place in (run.packs, run.checkpoints):
+                if place.exists() and not place.is_dir():
+                    raise UsageError.at(place, "is a file, where a run has a folder", "move it away, then run again")
+            for place, of in ((run.path, ""), (run.packs, ""), (run.checkpoints, ""), (run.path.parent, run.path.name)):
+                if left := sweep(place, of):
                     say(f"removed from {place} what a process that died left half-written: {', '.join(left)}")
             yield run
         except BaseException:
@@ -155,7 +181,7 @@ def _refuse_place(folder: Path, config: Config) -> None:
             raise UsageError.at("run.dir", what, "choose another run.dir, or give the data as files", "place")
 
 
-def _keep_out_of_git(folder: Path) -> None:
+def keep_out_of_git(folder: Path) -> None:
     """In a git work tree the run ignores itself: weights and data are never committed by accident."""
     file = folder / ".gitignore"
     if not file.exists() and any((outer / ".git").exists() for outer in folder.resolve().parents):
@@ -163,7 +189,7 @@ def _keep_out_of_git(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Make `folder` where it is absent, and hold its run.lock, which tells others by whom it is held.
 
     The lock is the system's (flock): it ends with the process, however that ends.
@@ -181,7 +207,7 @@ def _locked(folder: Path) -> Iterator[None]:
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             handle.write(f"process {os.getpid()} on {socket.gethostname()} since {since} (boot {_boot()})\n")
             handle.flush()
-            _keep_out_of_git(folder)
+            keep_out_of_git(folder)
         except OSError as error:
             raise _unwritable(folder, error) from error
         yield
@@ -189,7 +215,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def refuse_busy(config: Config) -> None:
     """Raise MachineError where another process holds the run's folder: at once, before anything heavy is loaded."""
-    folder = Path(config.run.dir) / run_name(config)
+    folder = run_folder(config).path
     with contextlib.suppress(OSError), (folder / LOCK).open(encoding="utf-8") as handle:
         if not _taken(handle):
             raise _in_use(folder, handle)
@@ -261,12 +287,13 @@ def keep_metrics_through(path: Path, step: int) -> list[str]:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None where it is torn."""
+    """A line of metrics.jsonl; None where it is torn, or lacks what is summed over them."""
     try:
         found = orjson.loads(line)
     except orjson.JSONDecodeError:
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
+    whole = isinstance(found, dict) and isinstance(found.get("step"), int)
+    return found if whole and all(isinstance(found.get(key), int | float) for key in COUNTED) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -281,17 +308,63 @@ def append_metrics(path: Path, record: Mapping[str, Any]) -> None:
         file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
 
+class _Named(BaseModel):
+    name: str
+
+
+class _Manifest(BaseModel):
+    """What is read of manifest.json. packs is the name of a folder that is written and removed: a digest, never a path."""
+
+    model: _Named
+    tokenizer_sha256: str
+    template_sha256: str
+    data_sha256: dict[str, str]
+    packs: str = Field(pattern="^[0-9a-f]{16}$")
+    date: Annotated[str, AfterValidator(datetime.date.fromisoformat)] | None = None
+    versions: dict[str, Any] = {}
+    numerics: dict[str, Any] = {}
+    changes: list[dict[str, Any]] = []
+    run: dict[str, Any] | None = None
+
+
+class _Summary(BaseModel):
+    """What is read of summary.json; numbers that a run did not measure are null."""
+
+    loss_before: float | None
+    loss_after: float | None
+    target_tokens_per_s: float | None
+    computed_tokens_per_s: float | None
+    peak_memory_bytes: int
+    files: dict[str, str]
+
+
+def _as(shape: type[BaseModel], found: Any) -> dict[str, Any]:
+    """A document of that shape as it is. Raises ValueError saying what of it is otherwise."""
+    try:
+        shape.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where + ': ' if where else ''}{first['msg']}") from None
+    return dict(found)
+
+
+def read_summary(run: RunFolder) -> dict[str, Any] | None:
+    """summary.json; None where there is none, or none that can be read: then the run makes it again from its last step."""
+    try:
+        return _as(_Summary, orjson.loads(run.summary.read_bytes()))
+    except (OSError, ValueError):
+        return None
+
+
 def read_manifest(run: RunFolder) -> dict[str, Any]:
     """manifest.json of a run that has begun; {} where there is none. Raises MachineError where it cannot be read."""
     try:
-        found = orjson.loads(run.manifest.read_bytes())
+        return _as(_Manifest, orjson.loads(run.manifest.read_bytes()))
     except FileNotFoundError:
         return {}
-    except (OSError, orjson.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise _damaged(run, str(error)) from None
-    if not isinstance(found, dict):
-        raise _damaged(run, "not an object")
-    return found
 
 
 def _damaged(run: RunFolder, why: str) -> InstilError:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from instil.chat.endings import Endings
 from instil.chat.pairs import make_examples
@@ -16,14 +16,15 @@ from instil.chat.turns import ChatOptions
 from instil.config import Config, load_config
 from instil.data.mixture import load_conversations
 from instil.data.spec import SourceSpec
-from instil.errors import DataError, UsageError
+from instil.errors import DataError, ModelError, UsageError
 from instil.evaluate.generate import Sampling, generate
 from instil.evaluate.likelihood import answer_loss
 from instil.evaluate.tasks import Score, TaskSummary, score, summarise
+from instil.explain import stored_sides
 from instil.folder import Named, named
-from instil.model.load import device_named, load_model, refuse_absent_tokens
+from instil.model.load import device_named, load_model, probe_window, refuse_absent_tokens, refuse_lengths
+from instil.model.locate import locate
 from instil.model.machine import set_up_machine
-from instil.pack.store import open_store
 from instil.prepare import Chat, Prepared, open_chat, stop_texts
 from instil.types import Conversation, Example
 
@@ -42,16 +43,22 @@ class Ready:
 
 
 def open_model(name: str, *, device: str = "auto", template: str | None = None, base: bool = False) -> Ready:
-    """Load the model that `name` (a run folder, or M) stands for, in bfloat16; base: the model the run began from."""
+    """Load the model that `name` (a run folder, or M) stands for, in bfloat16.
+
+    base: with the weights that the run began from; tokenizer, template and what ends an answer stay the run's, so that
+    both are asked the same.
+    """
     set_up_machine(None)
     found = named(name, need_weights=True)
+    weights = found.folder
     if base:
         if found.base is None:
             raise UsageError.at("--base", f"{name} is a model, not a run: it has no base", "name a run folder")
-        found = named(found.base, need_weights=True)
-    net = load_model(found.folder.path, dtype=torch.bfloat16, device=device_named(device))
+        weights = locate(found.base, need_weights=True)
+    net = load_model(weights.path, dtype=torch.bfloat16, device=device_named(device))
     chat = open_chat(found.folder.path, template, args=template_args(found))
-    from_config = net.generation_config.eos_token_id if net.generation_config else None
+    config = GenerationConfig.from_pretrained(found.folder.path) if base else net.generation_config
+    from_config = config.eos_token_id if config else None
     known = from_config if isinstance(from_config, list) else [from_config]
     endings = Endings(
         chat.template, chat.tokenizer, asked_terminator(found), stop_texts(found.folder.path, chat.tokenizer)
@@ -122,7 +129,9 @@ def evaluate(
     """Measure a run or model on the last answer of each row of `data` (default: the run's own held-out rows).
 
     The loss covers every answer; the exact rules (evaluate/tasks.py) score the generated last answer of each row.
-    rows: only so many, from the start. progress: called with (answers made, answers to make).
+    rows: only so many, from the start. sampling: its max_tokens, where None, is twice the longest expected answer, and at
+    least 16. progress: called with (answers made, answers to make).
+    Raises ModelError where the examples are longer than the model can be measured on exactly (model/load.py).
     """
     began = time.monotonic()
     found = named(model, need_weights=False)
@@ -131,10 +140,11 @@ def evaluate(
     last = list({example.origin: example for example in examples}.values())[:rows]
     chosen = {example.origin for example in last}
     examples = [example for example in examples if example.origin in chosen]
-    highest = max(int(tokens.max(initial=-1)) for e in examples for tokens in (e.prompt_tokens, e.answer_tokens))
-    refuse_absent_tokens(ready.net, ready.chat.folder or model, highest)
+    _refuse_unmeasurable(ready, examples, model)
     loss = answer_loss(ready.net, examples, pack_tokens=PACK_TOKENS)
-    sampling = sampling or Sampling(max_tokens=max(16, 2 * max(len(e.answer_tokens) for e in last)))
+    sampling = sampling or Sampling()
+    if sampling.max_tokens is None:
+        sampling = replace(sampling, max_tokens=max(16, 2 * max(len(e.answer_tokens) for e in last)))
     torch.manual_seed(0)  # for sampled answers
     tick = (lambda n: progress(n, len(last))) if progress else None
     made = generate(
@@ -155,6 +165,20 @@ def evaluate(
         model, len(examples), loss.target_tokens, loss.loss, loss.accuracy, summarise(scores), answers,
         time.monotonic() - began,
     )  # fmt: skip
+
+
+def _refuse_unmeasurable(ready: Ready, examples: Sequence[Example], model: str) -> None:
+    """Raise ModelError for examples with tokens that the model has not, or of lengths that it treats otherwise in a pack."""
+    place = ready.chat.folder or model
+    highest = max(int(tokens.max(initial=-1)) for e in examples for tokens in (e.prompt_tokens, e.answer_tokens))
+    refuse_absent_tokens(ready.net, place, highest)
+    longest = max(e.length_tokens for e in examples)
+    try:
+        refuse_lengths(ready.net.config, longest, place)
+        probe_window(ready.net, place, longest)
+    except ModelError as error:  # whose remedies are for training
+        remedy = "leave such rows out, or use another model"
+        raise ModelError(*(replace(problem, remedy=remedy) for problem in error.problems)) from None
 
 
 def unended(tokens: Sequence[int], ready: Ready) -> Sequence[int]:
@@ -191,8 +215,7 @@ def _examples(found: Named, chat: Chat, data: str | None) -> list[Example]:
         return pairs.examples
     if found.run is None:
         raise UsageError.at("--data", "a model has no held-out rows of its own", "give --data FILE")
-    stores = [f for f in sorted(found.run.packs.iterdir()) if f.is_dir() and not f.name.startswith(".")]
-    heldout = open_store(max(stores, key=lambda f: f.stat().st_mtime))[0]["heldout"] if stores else []
+    heldout = stored_sides(found.run)["heldout"]
     if not len(heldout):
         raise UsageError.at(found.run.path, "this run held no rows out", "give --data FILE")
     return list(heldout)

@@ -22,6 +22,7 @@ from instil.data.ledger import LedgerEntry, Side, ledger_counts, row_digests, wr
 from instil.data.mixture import Loaded, leaks, load_conversations, source_digests, split_heldout
 from instil.data.spec import SourceSpec
 from instil.errors import DataError, ModelError, Problem, TemplateError
+from instil.files import sha256_of_files
 from instil.folder import RunFolder, read_manifest
 from instil.model.locate import locate
 from instil.pack.store import ExampleStore, damage, open_store, publish_examples, store_key
@@ -132,6 +133,11 @@ class Prepared:
         """The highest token id on either side: the model must have an embedding for it."""
         return max(side.highest_token for side in (self.train, self.heldout) if side is not None)
 
+    @property
+    def longest_tokens(self) -> int:
+        """Of the longest example on either side: the model must not treat it otherwise in a pack than alone."""
+        return max(int(side.lengths.max()) for side in (self.train, self.heldout) if side is not None)
+
 
 def prepare(
     config: Config,
@@ -154,13 +160,29 @@ def prepare(
     broken = damage(stored) if stored.is_dir() else None
     if broken:
         say(f"{stored}: {broken}; the examples are prepared anew")
-    if broken or not (stored.is_dir() and run.ledger.is_file()):
+    if broken or not (stored.is_dir() and _has_ledger(run, stored)):
         made = make(config, chat, options, progress)
         made.raise_problems()
+        _refuse_moving(digests, made.digests)
         write_ledger(run.ledger, made.entries)
-        publish_examples(stored, made.sides, made.record())
+        publish_examples(stored, made.sides, {**made.record(), "ledger_sha256": sha256_of_files([run.ledger])[0]})
     found, record = open_store(stored)
     return Prepared(found["train"], found["heldout"] if len(found["heldout"]) else None, record, key)
+
+
+def _refuse_moving(before: Mapping[str, str], after: Mapping[str, str]) -> None:
+    """Raise DataError for files that changed between the hash that names the examples and the end of reading."""
+    if moved := [file for file, digest in after.items() if before.get(file, digest) != digest]:
+        what, remedy = "changed while it was read", "start again when nothing writes to it"
+        raise DataError(*(Problem(file, what, remedy, "moving") for file in moved))
+
+
+def _has_ledger(run: RunFolder, stored: Path) -> bool:
+    """Whether the ledger is there, and that of these examples; versions before this one have not kept its hash."""
+    if not run.ledger.is_file():
+        return False
+    expected = open_store(stored)[1].get("ledger_sha256")
+    return expected is None or sha256_of_files([run.ledger]) == [expected]
 
 
 def _key(config: Config, chat: Chat, options: ChatOptions, digests: dict[str, str]) -> str:
@@ -179,7 +201,8 @@ def _began_with(run: RunFolder) -> str | None:
 class Made:
     """The examples of a configuration before anything is written: by side, with the fate of every row.
 
-    row_problems: of the user's data; pair_problems: pairs that do not hold what the server would see.
+    row_problems: of the user's data; pair_problems: pairs that do not hold what the server would see. digests: sha256 of
+    each file when it had been read.
     """
 
     sides: dict[str, list[Example]] = field(default_factory=lambda: {"train": [], "heldout": []})
@@ -190,6 +213,7 @@ class Made:
     accounts: dict[str, Any] = field(default_factory=dict)
     row_problems: list[Problem] = field(default_factory=list)
     pair_problems: list[Problem] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
 
     def raise_problems(self) -> None:
         """Raise what is wrong, the data first."""
@@ -236,6 +260,7 @@ def make(config: Config, chat: Chat, options: ChatOptions, progress: Progress | 
         train_rows = _without_leaks(train_rows, heldout_rows, config, made)
     elif config.data.heldout:
         train_rows, heldout_rows = split_heldout(train_rows, config.data.heldout, config.data.heldout_most)
+    made.digests = digests
     sides: tuple[tuple[Side, list[Conversation]], ...] = (("train", train_rows), ("heldout", heldout_rows))
     for side, rows in sides:
         _side(side, rows, chat, options, digests, made, progress)

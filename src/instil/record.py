@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,16 +12,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from instil.config import Config, dump_config, flat, load_config
-from instil.errors import DataError, ModelError, Problem, UsageError
+from instil.config import Config, dump_config, flat, shaping
+from instil.errors import DataError, InstilError, ModelError, Problem, UsageError
 from instil.files import sha256_of, sha256_of_files, write_atomically
 from instil.folder import RunFolder, machine_facts, read_manifest, write_json
-from instil.model.locate import ModelFolder
+from instil.model.locate import ModelFolder, locate
 from instil.model.machine import peak_memory_bytes
 from instil.pack.loader import Loader
 from instil.pack.plan import PACKING
 from instil.plan import SourceUse, source_uses
 from instil.prepare import Chat, Prepared
+from instil.resolve import absolute, begun_with, full_path, own_manifests, refused
 from instil.train.loop import Progress
 from instil.train.schedule import rate_warning
 
@@ -28,7 +30,7 @@ from instil.train.schedule import rate_warning
 def identity(model: ModelFolder, chat: Chat, digests: dict[str, str]) -> dict[str, Any]:
     """What a run learns from and with: a resumed run must find all of it unchanged."""
     return {
-        "model": {"name": model.name, "revision": model.revision, "fingerprint": _fingerprint(model.path)},
+        "model": {"name": full_path(model.name), "revision": model.revision, "fingerprint": _fingerprint(model.path)},
         "tokenizer_sha256": chat.tokenizer.digest,
         "template_sha256": chat.template.digest,
         "data_sha256": digests,
@@ -46,52 +48,99 @@ def _fingerprint(folder: Path) -> str:
 
 def began_on(run: RunFolder) -> str | None:
     """The date that a template saw when the run began, for templates that ask."""
-    return read_manifest(run).get("date")
+    return next((told["date"] for told in (read_manifest(run), *own_manifests(run)) if "date" in told), None)
 
 
-def refuse_changed(run: RunFolder, now: Mapping[str, Any], config: Config, difference: Callable[[str], str]) -> None:
+def refuse_changed(
+    run: RunFolder, now: Mapping[str, Any], config: Config, difference: Callable[[str, str], str]
+) -> None:
     """Raise where the data (exit 3), the model, tokenizer or template (exit 4), or how examples are packed (exit 2) is not
-    what the run began with. Files with other names and the same content are the same data.
+    what the run began with; exit 2 too where a setting names another model, template or file of data, which holds
+    something else. What its checkpoints tell counts as much as what its manifest does. The same content elsewhere, or
+    under another name, is the same.
 
-    difference: where the rows of a changed file begin to differ, in words.
+    difference: where the rows of a file begin to differ from those of a file as it was called then, in words.
     """
-    before = read_manifest(run)
-    if not before:
-        return
-    if before.get("packing", 1) != now["packing"]:
-        what = "was begun by a version of instil that packs examples otherwise, so it would go on with other batches"
-        raise UsageError.at(
-            run.path, what, "finish it with that version, choose another run.name, or start over with --fresh"
-        )
-    for key, name in (("model", "model"), ("tokenizer_sha256", "tokenizer"), ("template_sha256", "template")):
-        if before[key] != now[key]:
-            what = f"the {name} has changed since the run began ({_differing(before[key], now[key])})"
-            raise ModelError(Problem(str(run.path), what, ways_out(run)))
-    old, new = before["data_sha256"], now["data_sha256"]
+    manifest, begun = read_manifest(run), next(iter(begun_with(run)), {})
+    for before in (*([{"packing": 1, **manifest}] if manifest else []), *own_manifests(run)):
+        if before.get("packing", now["packing"]) != now["packing"]:
+            what = (
+                "was begun by a version of instil that packs examples otherwise, so it would go on with other batches"
+            )
+            remedy = "finish it with that version, choose another run.name, or start over with --fresh"
+            raise UsageError.at(run.path, what, remedy)
+        _refuse_model(run, before, now, config, begun)
+        if "data_sha256" in before:
+            _refuse_data(run, before["data_sha256"], now["data_sha256"], config, begun, difference)
+
+
+def _refuse_model(
+    run: RunFolder, before: Mapping[str, Any], now: Mapping[str, Any], config: Config, begun: Mapping[str, Any]
+) -> None:
+    """begun: the settings that the run began with."""
+    parts = (("model", "model"), ("tokenizer_sha256", "tokenizer"), ("template_sha256", "template"))
+    for key, name in parts:
+        if key not in before or content(before[key]) == content(now[key]):
+            continue
+        given = flat(config.model_dump()).get(name)
+        if name in begun and full_path(begun[name]) != full_path(given):
+            raise refused(run, {name: (begun[name], given)})
+        what = f"the {name} has changed since the run began ({_differing(before[key], now[key])})"
+        raise ModelError(Problem(str(run.path), what, ways_out(run)))
+
+
+def is_its_model(run: RunFolder, name: str) -> bool:
+    """Whether a name stands for what a run learns from, wherever that is now."""
+    try:
+        found = locate(name, need_weights=True)
+    except InstilError:
+        return False
+    return bool(content(read_manifest(run).get("model")) == _fingerprint(found.path))
+
+
+def content(part: Any) -> Any:
+    """Of a model what it holds, not what it is called."""
+    return part.get("fingerprint", part) if isinstance(part, dict) else part
+
+
+def _refuse_data(
+    run: RunFolder, old: Mapping[str, str], new: Mapping[str, str], config: Config, begun: Mapping[str, Any],
+    difference: Callable[[str, str], str],
+) -> None:  # fmt: skip
+    """old, new: sha256 by file. begun: the settings that the run began with."""
     if list(old.values()) == list(new.values()):
         return
-    files = [file for file, digest in new.items() if old.get(file, digest) != digest]
-    gone, come = [file for file in old if file not in new], [file for file in new if file not in old]
-    if (
-        not files
-        and flat(load_config(run.config).model_dump())["data.train"] != flat(config.model_dump())["data.train"]
-    ):
+    given = flat(config.model_dump())
+    other = any(_paths(begun[key]) != _paths(given[key]) for key in ("data.train", "data.heldout") if key in begun)
+    was = {file: file for file in new}
+    if not other and [Path(file).name for file in old] == [Path(file).name for file in new]:
+        was = dict(zip(new, old, strict=True))  # the same files, seen from another folder
+    files = [file for file, digest in new.items() if old.get(was[file], digest) != digest]
+    gone, come = [file for file in old if file not in was.values()], [file for file in new if was[file] not in old]
+    if other and not files:
         what = f"the run in {run.path} has {', '.join(old)}, now {', '.join(new)}, which hold other rows"
         raise UsageError.at("data.train", what, ways_out(run, "data.train=..."))
+    ways = ways_out(run)
     problems = [
-        Problem(f, f"has changed since the run in {run.path} began: {difference(f)}", ways_out(run)) for f in files
+        Problem(f, f"has changed since the run in {run.path} began: {difference(f, was[f])}", ways) for f in files
     ]
-    problems += [Problem(f, f"is gone since the run in {run.path} began", ways_out(run)) for f in gone]
-    problems += [Problem(f, f"is new since the run in {run.path} began", ways_out(run)) for f in come]
-    order = Problem(str(run.path), "its data files are in another order than when it began", ways_out(run))
+    problems += [Problem(f, f"is gone since the run in {run.path} began", ways) for f in gone]
+    problems += [Problem(f, f"is new since the run in {run.path} began", ways) for f in come]
+    order = Problem(str(run.path), "its data files are in another order than when it began", ways)
     raise DataError(*(problems or [order]))
+
+
+def _paths(value: Any) -> list[Any]:
+    """The files that data.train or data.heldout names."""
+    sources = value if isinstance(value, list) else [value]
+    return [full_path(each["path"] if isinstance(each, dict) else each) for each in sources]
 
 
 def _differing(before: Any, now: Any) -> str:
     """What differs of two identities, in a few characters."""
     if isinstance(before, dict) and isinstance(now, dict):
-        parts = [f"{key} {_short(before.get(key))} -> {_short(now[key])}" for key in now if before.get(key) != now[key]]
-        return ", ".join(parts)
+        keys = [key for key in now if key != "name" and before.get(key) != now[key]]
+        return ", ".join(f"{key} {_short(before.get(key))} -> {_short(now[key])}" for key in keys)
     return f"sha256 {_short(before)} -> {_short(now)}"
 
 
@@ -117,7 +166,7 @@ def write_record(
     changed = _changed(before, current) if step else []
     changes = [*before.get("changes", []), *([{"after_step": step, "what": changed}] if changed else [])]
     record = {"certificate": data.record["certificate"], "rows": data.record["rows"], "packs": data.key}
-    write_atomically(run.config, (head + dump_config(config)).encode())
+    write_atomically(run.config, (head + dump_config(absolute(config))).encode())
     write_json(run.manifest, {**now, **record, **current, "run": _itself(run, before), "changes": changes})
     return changed
 
@@ -148,6 +197,23 @@ def _itself(run: RunFolder, before: Mapping[str, Any]) -> dict[str, Any]:
         return dict(known)
     made = {"id": secrets.token_hex(8), "inode": inode}
     return {**made, "copied_from": known["id"]} if known else made
+
+
+def facts_of(what: Mapping[str, Any], config: Config, data: Prepared, net: PreTrainedModel) -> dict[str, Any]:
+    """What a checkpoint's manifest tells of its run: what it learns from and with, its settings, the examples that its
+    held-out losses are measured on, versions, machine."""
+    settings, measured = shaping(absolute(config)), _measured_on(config, data)
+    numerics = numerics_of(config, net)
+    return {**what, **machine_facts(), "numerics": numerics, "settings": settings, "measured": measured}
+
+
+def _measured_on(config: Config, data: Prepared) -> str:
+    """sha256 of the held-out examples that count."""
+    digest = hashlib.sha256()
+    for example in itertools.islice(data.heldout or (), config.evaluate.examples):
+        for part in (example.prompt_tokens, example.answer_tokens, example.weights):
+            digest.update(len(part).to_bytes(8, "little") + part.tobytes())
+    return digest.hexdigest()
 
 
 def announcement(config: Config, data: Prepared, net: PreTrainedModel, loader: Loader, steps: int) -> list[str]:

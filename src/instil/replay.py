@@ -6,27 +6,29 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import orjson
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from instil.config import load_config
 from instil.errors import DivergedError, UsageError
-from instil.folder import open_run, read_manifest
-from instil.forecast import DTYPES
+from instil.explain import stored_sides
+from instil.folder import open_run
 from instil.model.adapters import add_lora
+from instil.model.compiled import compile_layers
 from instil.model.finite import is_finite, not_finite
 from instil.model.head import chunk_rows, head_of
 from instil.model.load import device_named, hidden_states, load_model
-from instil.model.locate import locate
+from instil.model.locate import cache_folder, locate
 from instil.model.machine import set_up_machine
-from instil.pack.store import open_store
+from instil.model.memory import compute_layers_again
 from instil.pack.tree import build_pack
 from instil.plan import loader_of
+from instil.planned import DTYPES
 from instil.train import checkpoint
-from instil.train.incident import Seen, examples_of, looked_at
+from instil.train.incident import Seen, examples_of, looked_at, read_incident
 from instil.train.optim import MasterAdamW
+from instil.train.room import Room
 from instil.train.step import step as train_step
 from instil.types import Example
 
@@ -55,11 +57,15 @@ def _written(value: Any) -> Any:
 
 
 def replay(run: str) -> Replayed:
-    """Repeat the step that ended a run. Nothing in the run changes. Raises UsageError where no incident was kept."""
+    """Repeat the step that ended a run, from its weights, moments and random state, and with layers compiled or computed
+    again as they were. Nothing in the run changes.
+
+    Raises UsageError where no incident was kept, MachineError where it cannot be read.
+    """
     folder = open_run(run)
     if not (folder.incident / "incident.json").is_file():
         raise UsageError.at(run, "has no incident", "a run that diverges keeps one in its folder")
-    told = orjson.loads((folder.incident / "incident.json").read_bytes())
+    how = read_incident(folder.incident)
     found = checkpoint.load_latest(folder.incident)
     if found is None:
         raise UsageError.at(folder.incident, "has no state to begin from", "run the same command again")
@@ -75,14 +81,20 @@ def replay(run: str) -> Replayed:
     optimizer = MasterAdamW(net, dtype=dtype, weight_decay=config.train.weight_decay)
     optimizer.load_masters(found.state.weights)
     optimizer.load_state(found.state.optimizer)
-    checkpoint.restore_rng(found.state.rng)
-    train = open_store(folder.packs / read_manifest(folder)["packs"])[0]["train"]
-    batch = loader_of(config, train).batch(found.state.step)
+    train = stored_sides(folder)["train"]
+    loader = loader_of(config, train)
+    batch = loader.batch(found.state.step)
     rows = looked_at(net, examples_of(batch, train))
     module = _first_not_finite(net, [train[i] for pack in batch.packs for i in pack.examples])
     net.train()
+    if config.train.compile:
+        compile_layers(net, cache_folder() / "compiled")
+    if how.again:
+        compute_layers_again(net)
+    room = Room(train, loader.plan.limit_tokens)
+    checkpoint.restore_rng(found.state.rng)
     try:
-        stats = train_step(net, optimizer, batch, lr=float(told["lr"]), clip_norm=config.train.clip_norm)
+        stats = train_step(net, optimizer, batch, lr=how.lr, clip_norm=config.train.clip_norm, room=room)
         diverged, said = False, [f"step {batch.step + 1}: loss {stats.loss:.4g}, gradient norm {stats.grad_norm:.4g}"]
     except DivergedError as error:
         diverged, said = True, error.lines()

@@ -2,52 +2,86 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import os
 import shlex
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from instil.config import HARMLESS, UNFORKABLE, Config, SourceConfig, flat, load_config
-from instil.errors import Problem, UsageError
+from instil.errors import InstilError, Problem, UsageError
 from instil.folder import RunFolder
 from instil.model.adapters import default_alpha
 from instil.pack.plan import StepPlan
 from instil.pack.store import ExampleStore
 from instil.plan import mixed_of, step_plan, total_steps
+from instil.train import checkpoint
 from instil.train.loop import LoopPlan
 from instil.train.schedule import default_batch_examples, default_epochs, default_rate
 
+# Keys whose null is "chosen for you" (resolve below, and compiling.py); elsewhere null is a value as any other.
+CHOSEN = (
+    "run.name", "pack.tokens", "train.lr", "train.epochs", "train.batch_examples", "train.compile", "adapter.alpha",
+    "evaluate.every_steps",
+)  # fmt: skip
 
-def recorded(config: Config, file: Path) -> Config:
-    """The configuration of a run that is there already: what is null takes the recorded value.
+
+def recorded(config: Config, run: RunFolder) -> Config:
+    """The configuration of a run that is there already: what is to be chosen takes the recorded value.
 
     Raises UsageError naming each key that differs and would change what is learnt.
     """
-    if not file.exists():
+    begun = begun_with(run)
+    if not begun:
         return config
-    before = flat(load_config(file).model_dump())
     now = flat(config.model_dump())
-    problems, settings = [], []
-    for key, value in now.items():
-        if value is None:
-            now[key] = before.get(key)
-        elif not (key in HARMLESS or _same(key, value, before.get(key))):
-            problems.append(Problem(key, f"the run in {file.parent} has {before.get(key)!r}, now {value!r}", ""))
-            settings.append(shlex.quote(f"{key}={json.dumps(value, ensure_ascii=False)}"))  # JSON is YAML
-    if problems:
-        fork = f"`instil fork {file.parent} NAME {' '.join(settings)}` goes on from it as another run"
-        if any(problem.place in UNFORKABLE for problem in problems):
-            fork = f"begin another run with run.name=NAME (`instil fork` keeps {', '.join(UNFORKABLE)})"
-        ways = f"set {'it' if len(problems) == 1 else 'them'} back, start over with --fresh, or {fork}"
-        raise UsageError(*problems[:-1], replace(problems[-1], remedy=ways))
+    now |= {key: begun[0].get(key) for key in CHOSEN if now[key] is None}
+    changed = {
+        key: (before[key], value)
+        for before in begun
+        for key, value in now.items()
+        if key in before and key not in HARMLESS and not _same(key, value, before[key])
+    }
+    if changed:
+        raise refused(run, {key: changed[key] for key in now if key in changed})
     return load_config(None, given=now)
 
 
+def begun_with(run: RunFolder) -> list[dict[str, Any]]:
+    """The settings that a run has been trained with, by key, as each of its checkpoints tells them, the newest first; of
+    config.yaml, which anybody may edit, where none does. A fork's first checkpoint is of another run, and tells none."""
+    file = flat(load_config(run.config).model_dump()) if run.config.exists() else {}
+    told = [manifest["settings"] for manifest in own_manifests(run) if "settings" in manifest]
+    return [file | {key: json.loads(text) for key, text in each.items()} for each in told] or ([file] if file else [])
+
+
+def own_manifests(run: RunFolder) -> list[dict[str, Any]]:
+    """Of the checkpoints that the run has saved itself, the newest first."""
+    return [manifest for manifest in checkpoint.manifests(run.checkpoints) if "forked_from" not in manifest]
+
+
+def refused(run: RunFolder, changed: Mapping[str, tuple[Any, Any]]) -> InstilError:
+    """The error for settings that are not what the run began with: key -> value then, value now."""
+    problems, settings = [], []
+    for key, (before, value) in changed.items():
+        problems.append(Problem(key, f"the run in {run.path} has {before!r}, now {value!r}", ""))
+        settings.append(shlex.quote(f"{key}={json.dumps(value, ensure_ascii=False)}"))  # JSON is YAML
+        if key == "train.batch_tokens" and value and "train.batch_examples" not in changed:
+            settings.append("train.batch_examples=null")  # else both are set
+    fork = f"`instil fork {run.path} NAME {' '.join(settings)}` goes on from it as another run"
+    if any(problem.place in UNFORKABLE for problem in problems):
+        fork = f"begin another run with run.name=NAME (`instil fork` keeps {', '.join(UNFORKABLE)})"
+    ways = f"set {'it' if len(problems) == 1 else 'them'} back, start over with --fresh, or {fork}"
+    return UsageError(*problems[:-1], replace(problems[-1], remedy=ways))
+
+
 def _same(key: str, value: Any, before: Any) -> bool:
-    """Whether a value is what the run began with; of data only how it is used, as what the files hold is compared by
-    their hashes (record.py: refuse_changed)."""
-    if key == "data.heldout" and isinstance(value, str) and isinstance(before, str):
+    """Whether a value is what the run began with. Of a model, a template and data not where they are but what they hold
+    counts, which is compared by hashes (record.py: refuse_changed); of data also how it is used."""
+    if key in ("model", "template") or (key == "data.heldout" and isinstance(value, str) and isinstance(before, str)):
         return True
     if key == "data.train" and isinstance(before, list):
         return [_use(each) for each in value] == [_use(each) for each in before]
@@ -58,6 +92,27 @@ def _use(source: Any) -> dict[str, Any]:
     """A source without its path."""
     full = source if isinstance(source, dict) else {"path": source}
     return {**SourceConfig(**full).model_dump(), "path": ""}
+
+
+def absolute(config: Config) -> Config:
+    """With the paths of all that is on this disk in full, so that they mean the same from every folder."""
+    given = flat(config.model_dump())
+    given |= {key: full_path(given[key]) for key in ("model", "template", "data.heldout")}
+    given["data.train"] = [
+        {**each, "path": full_path(each["path"])} if isinstance(each, dict) else full_path(each)
+        for each in given["data.train"]
+    ]
+    return load_config(None, given=given)
+
+
+def full_path(name: Any) -> Any:
+    """An existing path, or a glob that matches, in full; names on the hub, `demo`, and what is no text, as they are."""
+    if not isinstance(name, str) or name == "demo":
+        return name
+    path = os.path.expanduser(name)
+    if not (os.path.lexists(path) or glob.glob(path, recursive=True)):
+        return name
+    return os.path.realpath(path) if ".." in Path(path).parts else os.path.abspath(path)  # a/.. may be behind a link
 
 
 def resolve(config: Config, train: ExampleStore, fitting_tokens: int, name: str) -> tuple[Config, StepPlan]:

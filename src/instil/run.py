@@ -13,17 +13,18 @@ from instil.config import Config
 from instil.difference import first_difference
 from instil.errors import InstilError
 from instil.files import publish
-from instil.folder import RunFolder, append_metrics, claim, machine_facts, read_metrics, write_json
-from instil.forecast import DTYPES, compared, fitted_memory, planned, predicted, resident_bytes
+from instil.folder import RunFolder, append_metrics, claim, read_metrics, write_json
+from instil.footprint import fitted_memory, resident_bytes
 from instil.measure import heldout_measure
 from instil.model.adapters import add_lora, merged, save_adapter
 from instil.model.export import export_model
-from instil.model.load import device_named, load_model
+from instil.model.load import device_named, load_model, probe_training
 from instil.model.locate import locate
 from instil.model.machine import set_up_machine
 from instil.plan import mix_of
+from instil.planned import DTYPES, compared, planned, predicted
 from instil.prepare import data_digests, open_chat, prepare, sources
-from instil.record import announcement, began_on, identity, numerics_of, refuse_changed, summary, write_record
+from instil.record import announcement, began_on, facts_of, identity, numerics_of, refuse_changed, summary, write_record
 from instil.report.page import write_report
 from instil.resolve import loop_plan, recorded
 from instil.resume import flush_metrics, logged, put_back, refuse_done, refuse_small_disk
@@ -62,30 +63,34 @@ def _train(config: Config, run: RunFolder, tell: Listener, say: Callable[[str], 
     began, device, dtype = time.monotonic(), device_named(config.run.device), DTYPES[config.train.precision]
     set_up_machine(config.run.threads)
     model = locate(config.model, need_weights=True)
-    config = recorded(config, run.config)
+    config = recorded(config, run)
     chat = open_chat(model.path, config.template, began_on(run), config.chat.template_args)
     mix_of(sources(config))
     digests = data_digests(config)
     what = identity(model, chat, digests)
-    refuse_changed(run, what, config, lambda file: first_difference(run, config, file))
+    refuse_changed(run, what, config, lambda file, was: first_difference(run, config, file, was))
     if run.finished:
         tell.say(f"{run.path} is finished already; --fresh starts it over")
         return run.path if run.report.exists() else write_report(run.path).parent
+    if run.summary.exists():
+        say(f"{run.path}: its result or summary.json is not what was written: it goes on, and makes them again")
     data = prepare(config, model.path, chat, digests, run, tell.on_rows, say)
     resident = resident_bytes()
     net = load_model(
         model.path, dtype=dtype if config.adapter.rank else DTYPES["fp32"], device=device,
-        longest_tokens=int(data.train.lengths.max()), highest_token=data.highest_token,
+        longest_tokens=data.longest_tokens, highest_token=data.highest_token,
     )  # fmt: skip
+    drawn = probe_training(net, model.path)
     adapted = add_lora(net, config.adapter, model.name, config.train.seed) if config.adapter.rank else None
     optimizer = MasterAdamW(net, dtype=dtype, weight_decay=config.train.weight_decay)
     refuse_small_disk(run, optimizer, net, config)
     work = settled(planned(config, data, net, device, run.path.name), net, optimizer, say)
     config, steps = work.config, work.steps
     expected = predicted(work, fitted_memory(work, net, device, say, resident_bytes=resident))
-    for line in announcement(config, data, net, work.loader, steps):
+    for line in (*announcement(config, data, net, work.loader, steps), *drawn):
         say(line)
-    progress = put_back(run, optimizer, config.train.seed, say)
+    facts = facts_of(what, config, data, net)
+    progress = put_back(run, optimizer, config.train.seed, facts["measured"], say)
     refuse_done(run, progress.step, steps)
     for change in write_record(run, config, what, data, numerics_of(config, net), progress.step):
         say(f"warning: {change} since the run began: from here on it is not the same to the bit")
@@ -95,17 +100,10 @@ def _train(config: Config, run: RunFolder, tell: Listener, say: Callable[[str], 
         tell.on_step(record, steps)
 
     loop_tell = Told(log, say, lambda: flush_metrics(run))
-    measure = heldout_measure(net, data, config)
     train_loop(
-        net,
-        optimizer,
-        work.loader,
-        loop_plan(config, run, steps),
-        progress,
-        measure=measure,
-        tell=loop_tell,
-        facts={**what, **machine_facts(), "numerics": numerics_of(config, net)},
-    )
+        net, optimizer, work.loader, loop_plan(config, run, steps), progress,
+        measure=heldout_measure(net, data, config), tell=loop_tell, facts=facts,
+    )  # fmt: skip
     if adapted is not None:
         publish(run.adapter, lambda folder: save_adapter(adapted, folder))
         net = merged(adapted)

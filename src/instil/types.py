@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ Int8 = NDArray[np.int8]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # one thing under three names; the first is standard
+Fate = Literal["used", "split", "cut", "dropped"]  # of a row (data/ledger.py); all but the last are used rows
+FATES: tuple[Fate, ...] = get_args(Fate)
 KINDS = ("answer", "reasoning", "tool_call", "terminator", "prompt")  # of a target token
 
 

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from instil.config import Config, load_config
 from instil.errors import InstilError, MachineError
 from instil.files import sha256_of
-from instil.folder import RunFolder, open_run, read_manifest, read_metrics
+from instil.folder import RunFolder, locked, open_run, read_manifest, read_metrics, read_summary
 from instil.model.locate import locate
 from instil.pack.store import damage
 from instil.prepare import data_digests, open_chat
-from instil.record import began_on, identity, result_files
+from instil.record import began_on, content, identity, result_files
 from instil.train.checkpoint import steps_newest_first
 from instil.train.checkpoint import verify as verify_checkpoint
 
@@ -82,7 +80,7 @@ def hashes_of(run: RunFolder, config: Config) -> Iterator[Check]:
             ("model", "base model"), ("tokenizer_sha256", "tokenizer"), ("template_sha256", "template"),
             ("data_sha256", "data"),
         ):  # fmt: skip
-            same = manifest[key] == now[key] or (
+            same = content(manifest[key]) == content(now[key]) or (
                 key == "data_sha256" and list(manifest[key].values()) == list(now[key].values())
             )
             yield Check(name, same, "as when the run began" if same else "not what the run began with")
@@ -93,9 +91,11 @@ def hashes_of(run: RunFolder, config: Config) -> Iterator[Check]:
     for path in steps_newest_first(run.checkpoints):
         wrong = verify_checkpoint(path)
         yield Check(path.name, wrong is None, wrong or "every file is what was saved")
-    if run.finished:
-        expected = orjson.loads(run.summary.read_bytes()).get("files", {})
-        found = result_files(run)
+    summary = read_summary(run)
+    if summary is None and run.summary.exists():
+        yield Check("result", False, "summary.json cannot be read")
+    elif summary is not None:
+        expected, found = summary["files"], result_files(run)
         bad = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
         yield Check("result", not bad, f"{bad[0]} is not what was written" if bad else f"{len(found)} files as written")
 
@@ -103,14 +103,14 @@ def hashes_of(run: RunFolder, config: Config) -> Iterator[Check]:
 def resumes(run: RunFolder, steps: int) -> Check:
     """Whether a killed and resumed run ends as the straight one: checkpoint, model and metrics, to the bit."""
     what = f"{steps} steps + kill + resume"
-    with tempfile.TemporaryDirectory(prefix=".verify-", dir=run.path.parent) as place:
+    with _trial(run) as place:
         given = [
             "train", str(run.config), f"run.dir={place}", f"train.steps={steps}", "checkpoint.every_steps=1",
             "evaluate.examples=2", "checkpoint.keep=2",
         ]  # fmt: skip
         _to_the_end([*given, "run.name=straight"])
         for wait in (1.0, 0.3, 0.0):  # where it was through before it could be killed, sooner
-            done, killed_in_time = _killed([*given, "run.name=killed", "--fresh"], Path(place) / "killed", steps, wait)
+            done, killed_in_time = _killed([*given, "run.name=killed", "--fresh"], place / "killed", steps, wait)
             if killed_in_time:
                 break
         else:
@@ -118,11 +118,25 @@ def resumes(run: RunFolder, steps: int) -> Check:
                 what, False, "its steps are too short: it was through before it could be killed; try --steps 50"
             )
         _to_the_end([*given, "run.name=killed"])
-        straight, killed = (RunFolder(Path(place) / name) for name in ("straight", "killed"))
+        straight, killed = (RunFolder(place / name) for name in ("straight", "killed"))
         different = list(_differences(straight, killed))
         if different:
             return Check(what, False, f"killed after step {done}: {', '.join(different)} differ")
         return Check(what, True, f"killed after step {done} of {steps}; weights, optimizer, metrics equal to the bit")
+
+
+@contextlib.contextmanager
+def _trial(run: RunFolder) -> Iterator[Path]:
+    """A folder beside the run for the runs of a trial, without what a trial that died left in it; it goes in the end."""
+    at = run.path.resolve()
+    place = at.parent / f".verify-{at.name}"
+    with locked(place):
+        try:
+            for left in (path for path in place.iterdir() if path.is_dir()):
+                shutil.rmtree(left, ignore_errors=True)
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _differences(a: RunFolder, b: RunFolder) -> Iterator[str]:
@@ -156,8 +170,11 @@ def _start(words: Sequence[str]) -> subprocess.Popen[str]:
 
 
 def _to_the_end(words: Sequence[str]) -> None:
-    process = _start(words)
-    said = process.communicate()[1]
+    with _start(words) as process:
+        try:
+            said = process.communicate()[1]
+        finally:
+            process.kill()  # nothing where it has ended; what ends a verify ends its trial
     if process.returncode:
         last = (said.strip().splitlines() or ["it said nothing"])[-1]
         raise MachineError.at("verify", f"a run of it ended with exit {process.returncode}: {last}", "see why first")
@@ -166,14 +183,14 @@ def _to_the_end(words: Sequence[str]) -> None:
 def _killed(words: Sequence[str], folder: Path, steps: int, wait: float) -> tuple[int, bool]:
     """Kill a run at a random moment between its first checkpoint and its end; the steps that it had logged, and whether the
     kill came before its end. wait: share of the time that its other steps should take."""
-    run, process = RunFolder(folder), _start(words)
-    try:
-        while process.poll() is None and not steps_newest_first(run.checkpoints):
-            time.sleep(0.002)
-        done = read_metrics(run.metrics)
-        time.sleep(random.random() * wait * (steps - 1) * (done[0]["seconds"] if done else 0.0))
-    finally:
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
+    run = RunFolder(folder)
+    with _start(words) as process:
+        try:
+            while process.poll() is None and not steps_newest_first(run.checkpoints):
+                time.sleep(0.002)
+            done = read_metrics(run.metrics)
+            time.sleep(random.random() * wait * (steps - 1) * (done[0]["seconds"] if done else 0.0))
+        finally:
+            process.kill()
         process.communicate()
-    return len(read_metrics(run.metrics)), process.returncode == -signal.SIGKILL and not run.finished
+    return len(read_metrics(run.metrics)), process.returncode == -signal.SIGKILL and not run.summary.exists()

@@ -120,8 +120,8 @@ class _Job:
         self.rows, self.folder, self._with = rows, folder, with_
         self.parts: list[Certified] = []
         self.done_rows = self.starts = 0
+        self.process: Any = None
         folder.mkdir()
-        self.start()
 
     def start(self) -> None:
         """Let a new process take the rows that are not done."""
@@ -129,13 +129,19 @@ class _Job:
         self.reader, writer = multiprocessing.Pipe(duplex=False)
         context = multiprocessing.get_context("fork")
         arguments = (self.rows, self.done_rows, self.folder, writer, self._with)
-        self.process = context.Process(target=_work, args=arguments, daemon=True)
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # what a handler raises in a hook of fork, Python passes over
         try:
+            self.process = context.Process(target=_work, args=arguments, daemon=True)
             self.process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         writer.close()
+
+    def end(self) -> None:
+        """No process is left."""
+        if self.process is not None and self.process.pid is not None:
+            self.process.terminate()
+            self.process.join()
 
     @property
     def short(self) -> bool:
@@ -196,8 +202,11 @@ def _work(rows: Sequence[Conversation], begin: int, folder: Path, writer: Connec
 def _finished(jobs: list[_Job], whole: int, progress: Progress | None) -> list[_Job]:
     """The jobs when all have ended; an error of the earliest rows is raised first."""
     errors: dict[int, InstilError] = {}
-    running = {id(job.reader): (number, job) for number, job in enumerate(jobs)}
+    running: dict[int, tuple[int, _Job]] = {}
     try:
+        for number, job in enumerate(jobs):
+            job.start()
+            running[id(job.reader)] = (number, job)
         while running:
             for reader in wait([job.reader for _, job in running.values()], LISTEN_S):
                 number, job = running[id(reader)]
@@ -215,8 +224,7 @@ def _finished(jobs: list[_Job], whole: int, progress: Progress | None) -> list[_
                     progress(sum(each.done_rows for each in jobs), whole)
     finally:
         for job in jobs:
-            job.process.terminate()
-            job.process.join()
+            job.end()
     if errors:
         raise errors[min(errors)]
     for job in jobs:

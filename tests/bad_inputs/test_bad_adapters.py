@@ -113,8 +113,15 @@ def test_a_rank_beyond_all_sense_is_refused_before_anything_is_reserved(
 def test_a_layer_that_there_is_not_is_answered_with_those_there_are(target: str, refused: Refused, place: Path) -> None:
     """The names are last parts; what is none is refused, and the linear layers of this model are listed."""
     line = refused(place / "m", "adapter.rank=2", f"adapter.targets=['{target}']", code=2)
-    assert line.startswith(f"adapter.targets: the model has no linear layer {target!r}; use some of: ")
-    assert line.endswith("down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj")
+    assert line.startswith(f"adapter.targets: {target!r} is no linear layer of the model; use some of: ")
+    assert line.endswith("down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")
+
+
+@pytest.mark.parametrize("targets", ["[lm_head]", "[q_proj, lm_head]"])
+def test_the_head_is_refused_as_a_target(targets: str, refused: Refused, place: Path) -> None:
+    """It would be saved untrained beside others, and alone end in a traceback."""
+    line = refused(place / "m", "adapter.rank=2", f"adapter.targets={targets}", code=2)
+    assert line.startswith("adapter.targets: 'lm_head' is the head, which adapters leave as it is; use some of: down")
 
 
 def test_another_rank_on_resume_is_refused_with_both(refused: Refused, place: Path) -> None:

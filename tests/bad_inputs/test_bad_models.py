@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from architectures import architecture
 from instil.model.tensorfile import HEADER_LIMIT, Unsound, safetensors_names
 
 Refused = Callable[..., str]
@@ -405,6 +406,72 @@ def test_a_token_without_an_embedding_is_refused_before_the_first_step(refused: 
     said = tiny.command("train", "--model", place / "m", "--data", place / "a.jsonl", *tiny.FAST, "train.steps=1",
                         f"run.dir={place / 'runs'}", "run.name=x")  # fmt: skip
     assert said.code == 0, said.err  # its tokenizer still knows tokens that no example has
+
+
+# ── models that learn otherwise in a pack than alone ─────────────────────────────────────────────────────────────────
+
+
+def other_model(folder: Path, name: str, **changes: Any) -> None:
+    """The tokenizer and template of `m` with a model of another architecture."""
+    (folder / WEIGHTS).unlink()
+    ids = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
+    architecture(name, attention="eager", **ids, **changes).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(("name", "key"), [("GPT-2, learned positions", "attn_pdrop"), ("Llama", "attention_dropout")])
+def test_dropout_in_attention_is_refused_before_anything_is_written(
+    name: str, key: str, refused: Refused, place: Path
+) -> None:
+    """With the key that this model's config.json has, and its value; with 0 there, the same command trains."""
+    other_model(place / "m", name, **{key: 0.1})
+    file = place / "m" / "config.json"
+    what = f"{file}: {key}=0.1: dropout in attention is not exact in a pack; set {key} to 0 there"
+    assert refused() == what
+    said = tiny.command("plan", "--model", place / "m", "--data", place / "a.jsonl", *tiny.FAST)
+    assert (said.code, said.out, said.err[-1]) == (4, "", what)
+    change_config(place / "m", **{key: 0.0})
+    said = tiny.command("train", "--model", place / "m", "--data", place / "a.jsonl", *tiny.FAST, "train.steps=1",
+                        f"run.dir={place / 'runs'}", "run.name=x")  # fmt: skip
+    assert said.code == 0, said.err
+    assert not [line for line in said.err if "draws at random" in line]
+
+
+def test_dropout_elsewhere_is_said_when_training_begins(place: Path) -> None:
+    """GPT-2's embeddings and residuals: how large, and that examples share it where they share a prefix."""
+    other_model(place / "m", "GPT-2, learned positions", resid_pdrop=0.1, embd_pdrop=0.2)
+    said = tiny.command("train", "--model", place / "m", "--data", place / "a.jsonl", *tiny.FAST, "train.steps=1",
+                        f"run.dir={place / 'runs'}", "run.name=x")  # fmt: skip
+    assert said.code == 0, said.err
+    (line,) = [line for line in said.err if "draws at random" in line]
+    assert line.endswith("(resid_pdrop=0.1, embd_pdrop=0.2); examples share the draws of what they begin with")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "what"),
+    [
+        ("Phi-3, window", {"sliding_window": None, "original_max_position_embeddings": 60, "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 60,
+            "short_factor": [1.0, 1.5, 1.2, 2.0], "long_factor": [8.0, 40.0, 30.0, 50.0]}},
+         "phi3 has longrope positions, which change at 60 tokens, and an example has "),
+        ("Phi-3.5-MoE, window", {"sliding_window": 60}, "does not tell its attention of its window of 60 tokens; an example"),
+    ],
+    ids=["longrope", "window"],
+)  # fmt: skip
+def test_a_held_out_row_beyond_a_limit_of_the_model_is_refused(
+    name: str, changes: dict[str, Any], what: str, refused: Refused, place: Path
+) -> None:
+    """Its loss would not be that of the row alone, though every row to learn from is short enough."""
+    other_model(place / "m", name, **changes)
+    tiny.write_rows(place / "h.jsonl", [tiny.row(" ".join(tiny.WORDS * 3), "red")])
+    words = (f"data.heldout={place / 'h.jsonl'}",)
+    assert what in refused(*words)
+    said = tiny.command("plan", "--model", place / "m", "--data", place / "a.jsonl", *tiny.FAST, *words)
+    assert (said.code, said.out) == (4, "")
+    assert what in said.err[-1]
+    tiny.write_rows(place / "h.jsonl", [tiny.row(" ".join(tiny.WORDS[:2]), "red")])
+    said = tiny.command("train", "--model", place / "m", "--data", place / "a.jsonl", *tiny.FAST, "train.steps=1",
+                        f"run.dir={place / 'runs'}", "run.name=x", *words)  # fmt: skip
+    assert said.code == 0, said.err
 
 
 # ── 43, 52: nothing there, and a precision that there is not ─────────────────────────────────────────────────────────

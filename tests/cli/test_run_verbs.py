@@ -53,7 +53,7 @@ def test_fork_prints_the_new_folder_and_how_to_go_on(made: Path) -> None:
 def test_fork_as_json(made: Path) -> None:
     """One document: the folder and the step."""
     run = made / "runs" / "x"
-    said = tiny.command("fork", run, "json", "--json")
+    said = tiny.command("fork", run, "json", "train.epochs=3", "--json")
     assert said.code == 0
     assert stories.strict_json(said.out) == {"run": str(run.with_name("json")), "step": 10}
 

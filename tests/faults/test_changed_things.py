@@ -43,7 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("changed")
     tiny.write_model(place / "m")
     tiny.write_model(place / "other", hidden_size=64)
-    (place / "t.jinja").write_text(tiny.CHATML)
+    (place / "t.jinja").write_text("<|endoftext|>" + tiny.CHATML)
     tiny.write_rows(place / "a.jsonl", tiny.some_rows(40))
     stories.finished(place, "data.heldout=0.1", name="whole")
     stories.stopped(place, DONE, "data.heldout=0.1")

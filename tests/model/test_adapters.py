@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from architectures import architecture
 from instil.errors import UsageError
 from instil.model.adapters import add_lora, merged, save_adapter
 from instil.model.attention import attention
@@ -131,6 +132,51 @@ def test_an_unknown_target_is_named_with_those_there_are(tiny: Any) -> None:
     assert "'query'" in line
     assert all(name in line for name in ALL)
     assert not any("lora" in n for n, _ in net.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gpt2"])
+@pytest.mark.parametrize("beside", [(), ("{one}",)])
+def test_the_head_is_no_target(kind: str, beside: tuple[str, ...], tiny: Any) -> None:
+    """Our head reads the base weight (model/head.py), so an adapter there would never learn: it is refused by name."""
+    net = tiny(kind)
+    one = "c_attn" if kind == "gpt2" else "q_proj"
+    with pytest.raises(UsageError) as caught:
+        lora(net, [*(each.format(one=one) for each in beside), "lm_head"])
+    (line,) = caught.value.lines()
+    head, _, known = line.partition("; use some of: ")
+    assert head == "adapter.targets: 'lm_head' is the head, which adapters leave as it is"
+    assert one in known
+    assert "lm_head" not in known
+
+
+def test_gpt2s_layers_can_be_named(tiny: Any, some_examples: Any) -> None:
+    """They are linear layers under another name (Conv1D), and their adapters learn."""
+    net = tiny("gpt2")
+    lora(net, ["c_attn"])
+    optimizer = trained(net, some_examples(4))
+    adapted = {name.split(".lora_")[0] for name in optimizer.masters}
+    assert adapted == {f"transformer.h.{i}.attn.c_attn" for i in (0, 1)}
+    assert all(float(m.detach().norm()) > 0 for m in optimizer.masters.values())
+
+
+def test_a_router_that_is_more_than_a_linear_layer_is_left_alone(some_examples: Any) -> None:
+    """Phi-3.5-MoE's is a subclass that returns a tuple, which no adapter can be added to; the other layers learn."""
+    net = architecture("Phi-3.5-MoE, window")
+    lora(net)
+    optimizer = trained(net, some_examples(4))
+    assert not [name for name in optimizer.masters if "router" in name]
+    assert {name.split(".")[-4] for name in optimizer.masters if ".lora_B." in name} == {
+        "q_proj", "k_proj", "v_proj", "o_proj",
+    }  # fmt: skip
+    assert all(float(m.detach().norm()) > 0 for m in optimizer.masters.values())
+
+
+def test_a_model_without_linear_layers_is_answered_with_full_tuning() -> None:
+    """Nothing could be adapted; the setting that helps is named."""
+    net: Any = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(4, 4), "norm": torch.nn.LayerNorm(4)})
+    net.get_output_embeddings = lambda: net["lm_head"]
+    with pytest.raises(UsageError, match=r"adapter\.rank: the model has no linear layers .*; set it to 0"):
+        lora(net)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft 0.21 with transformers 5.23

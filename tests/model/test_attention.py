@@ -25,6 +25,7 @@ from instil.model.attention import (
     layout_of,
 )
 from instil.model.kernels import FlashCPU, Matmul, Varlen
+from instil.model.layout import KeysAndValues
 from instil.model.load import hidden_states
 from instil.pack.tree import build_pack
 from tries import pack_of_paths
@@ -194,6 +195,18 @@ def test_a_model_in_training_with_attention_dropout_is_refused(tiny: Any, some_e
     net = tiny(attention_dropout=0.1).train()
     with pytest.raises(ModelError, match="attention dropout"):
         hidden_states(net, build_pack(some_examples(2), [0, 1]))
+
+
+def test_a_layer_that_is_used_twice_has_no_trunk(tiny: Any, some_examples: Any) -> None:
+    """Two layers with one attention module would leave one pair of keys and values for both: refused where a trunk is
+    computed once, and only there."""
+    net = tiny()
+    net.model.layers[1].self_attn = net.model.layers[0].self_attn
+    pack = build_pack(some_examples(1), [0])
+    layout = layout_of(pack, torch.device("cpu"))
+    hidden_states(net, pack, layout)
+    with pytest.raises(ModelError, match="LlamaAttention: is used twice in one pass"):
+        hidden_states(net, pack, replace(layout, keep=KeysAndValues()))
 
 
 def test_a_pack_that_is_no_tree_is_refused(tiny: Any, some_examples: Any) -> None:

@@ -118,6 +118,23 @@ def test_bf16_logits_are_summed_in_float32() -> None:
     assert hidden.grad.abs().sum() > 0
 
 
+def test_chunks_of_bf16_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2,000 chunks of one row: in bfloat16 a sum stops growing at 256 times its terms; in float32 the gradient of the head
+    is that of float64 but for the rounding of its terms."""
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * 11)
+    n = 2000
+    hidden = (1 + torch.randn(n, 6) / 4).bfloat16()
+    weight = (torch.randn(11, 6) / 8).bfloat16().requires_grad_()
+    target = np.arange(n, dtype=np.int32) % 3
+    every = Triples.of(np.arange(n, dtype=np.int32), target, np.ones(n, np.float32))
+    weighted_nll(hidden, Head(weight, None), every).nll.backward()
+    other = weight.detach().double().requires_grad_()
+    torch.nn.functional.cross_entropy(
+        hidden.double() @ other.T, torch.from_numpy(target).long(), reduction="sum"
+    ).backward()
+    assert float((weight.grad.double() - other.grad).norm() / other.grad.norm()) < 0.01
+
+
 def test_no_targets_cost_nothing() -> None:
     """A pack whose answers all have weight 0 has loss 0 and gradient 0."""
     hidden = torch.randn(5, 6, requires_grad=True)

@@ -22,6 +22,7 @@ from instil.model.load import (
     hidden_states,
     load_model,
     probe_isolation,
+    probe_training,
     probe_window,
     refuse_lengths,
     refuse_recurrent,
@@ -104,6 +105,40 @@ def test_a_missing_weight_is_refused(saved: Any) -> None:
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert "up_proj" in line_of(ModelError, load_model, folder, dtype=FP32, device=CPU)
+
+
+def test_weights_that_config_json_leaves_out_are_refused(saved: Any) -> None:
+    """With one layer in config.json and two in the file, half of the model would be trained and the other half lost."""
+    folder = saved("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    line = line_of(ModelError, load_model, folder, dtype=FP32, device=CPU)
+    assert line.startswith(f"{folder}: has weights that its config.json leaves out: model.layers.1.")
+    assert "and 6 more; use the config.json" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("model.layers.0.self_attn.q_proj.bias", True),  # of a layer that config.json gives no bias
+        ("model.layers.1.self_attn.q_norm.weight", True),
+        ("model.layers.0.mlp.up_proj.weight_scale", True),
+        ("model.layers.0.self_attn.bias", False),  # a causal mask, as old models were saved with
+        ("model.layers.0.self_attn.masked_bias", False),
+        ("visual.blocks.0.attn.proj.weight", False),
+        ("mtp.layers.0.eh_proj.weight", False),
+        ("value_head.weight", False),
+    ],
+)
+def test_other_tensors_are_refused_where_they_are_weights_of_its_layers(name: str, refused: bool, saved: Any) -> None:
+    """What belongs to the layers changes what they compute; other towers and heads may stay behind."""
+    folder = saved("llama")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: torch.ones(3)}, folder / "model.safetensors", metadata={"format": "pt"})
+    if refused:
+        assert f"leaves out: {name}; use" in line_of(ModelError, load_model, folder, dtype=FP32, device=CPU)
+    else:
+        load_model(folder, dtype=FP32, device=CPU)
 
 
 @pytest.mark.parametrize("name", ["t5", "vit"])
@@ -209,6 +244,14 @@ def test_the_probe_catches_a_branch_without_its_prefix(kind: str, tiny: Any) -> 
     assert "logits in branches of a shared prefix differ from the model's own" in line
 
 
+def test_what_attention_refuses_is_said_of_the_folder(tiny: Any) -> None:
+    """Attention knows no more than the class of its layer; which model it is belongs to the line."""
+    net = tiny()
+    net.model.layers[1].self_attn.is_causal = False
+    line = line_of(ModelError, probe_isolation, net, "m")
+    assert line == "m: LlamaAttention lets tokens look at later ones; use a causal language model"
+
+
 def test_the_probe_catches_another_attention(tiny: Any) -> None:
     """Isolated but with another scale: the logits are not the model's own."""
     assert "differ from the model's own" in line_of(
@@ -275,6 +318,69 @@ def test_the_probe_catches_positions_that_are_not_passed_on(tiny: Any, monkeypat
     inner = net.transformer.forward
     monkeypatch.setattr(net.transformer, "forward", lambda *a, **k: inner(*a, **(k | {"position_ids": None})))
     assert "differ from the model's own" in line_of(ModelError, probe_isolation, net, "m")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_what_fails_in_bfloat16_is_looked_at_in_float32(kind: str, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise of bfloat16, which may send a token to other experts, refuses no sound model; a fault is refused all the same.
+    Afterwards the parameters are those from before."""
+    monkeypatch.setattr("instil.model.load.PROBE_TOLERANCE", {FP32: 1e-3, torch.bfloat16: 1e-6})
+    net = tiny(kind).bfloat16()
+    before = {name: (p, p.detach().clone()) for name, p in net.named_parameters()}
+    probe_isolation(net, "m")
+    for name, p in net.named_parameters():
+        assert p is before[name][0]
+        assert p.dtype == torch.bfloat16
+        assert torch.equal(p, before[name][1])
+    for fault, what in (("forgets_prefix", "branches of a shared prefix differ"), ("leaky", "leaks between")):
+        broken = tiny(kind, attention=f"instil_test_{fault}").bfloat16()
+        assert what in line_of(ModelError, probe_isolation, broken, "m")
+        assert {p.dtype for p in broken.parameters()} == {torch.bfloat16}
+
+
+def test_a_window_that_fails_in_bfloat16_is_looked_at_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the isolation is."""
+    monkeypatch.setattr("instil.model.load.PROBE_TOLERANCE", {FP32: 1e-3, torch.bfloat16: 1e-6})
+    probe_window(architecture("Mistral, window", sliding_window=8, dtype=torch.bfloat16), "m", 9)
+    untold = architecture("Phi-3.5-MoE, window", sliding_window=8, dtype=torch.bfloat16)
+    assert "does not tell" in line_of(ModelError, probe_window, untold, "m", 9)
+
+
+# --- what is drawn at random in training
+
+
+@pytest.mark.parametrize(("kind", "key"), [("gpt2", "attn_pdrop"), ("llama", "attention_dropout")])
+def test_dropout_in_attention_is_refused_by_the_models_own_key(kind: str, key: str, tiny: Any) -> None:
+    """With its value and the file that it is in; the model is left as it was, and so are the random numbers."""
+    net = tiny(kind, **{key: 0.25})
+    state = torch.get_rng_state()
+    line = line_of(ModelError, probe_training, net, Path("m"))
+    assert line == f"m/config.json: {key}=0.25: dropout in attention is not exact in a pack; set {key} to 0 there"
+    assert not net.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_dropout_elsewhere_is_told_with_its_size(tiny: Any) -> None:
+    """By the keys that say so, but not by those of other heads (GPT-2 has summary_first_dropout=0.1); nobody's random
+    numbers are used up."""
+    net = tiny("gpt2", resid_pdrop=0.2, embd_pdrop=0.05)
+    state = torch.get_rng_state()
+    (line,) = probe_training(net, Path("m"))
+    assert "(resid_pdrop=0.2, embd_pdrop=0.05)" in line
+    assert not net.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_that_draws_nothing_is_told_nothing_of(tiny: Any) -> None:
+    """Also where its config.json has a key for dropout that the model does not know."""
+    assert probe_training(tiny("llama"), Path("m")) == []
+    assert probe_training(tiny("llama", hidden_dropout=0.1), Path("m")) == []
+
+
+def test_a_router_that_draws_is_told() -> None:
+    """Phi-3.5-MoE's router samples while it learns, whatever its configuration says of noise."""
+    (line,) = probe_training(architecture("Phi-3.5-MoE, window"), Path("m"))
+    assert "draws at random while it learns" in line
 
 
 def test_loading_runs_the_probe(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:

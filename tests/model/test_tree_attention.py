@@ -17,6 +17,7 @@ from instil.model import kernels, layout
 from instil.model.attention import Rule, best, dense, flexible, in_parts, matmul
 from instil.model.kernels import FlashCPU, Matmul, Varlen
 from instil.model.layout import Layout, layout_of
+from instil.pack.tree import build_pack
 from tries import pack_of_paths, random_paths
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -99,6 +100,39 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, made: Layout, rule: Rule) 
 
 
 BACKENDS = {"best": best, "matmul": matmul, "varlen": varlen}
+
+
+# --- sums over the queries that share a key
+
+
+@pytest.mark.parametrize("lengths", [(300,), (40, 41)], ids=["one part", "a rectangle of parts"])
+def test_gradients_of_shared_keys_add_up_in_float32(
+    lengths: tuple[int, ...], make_example: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 32 query heads over one key head, computed in bfloat16: what they have in common is not rounded again, so that
+    the sum is finer than bfloat16 (2^-9); the oracle is the definition in float64."""
+    monkeypatch.setattr(kernels, "FLOAT32_PAIRS", {False: 0, True: 0})
+    monkeypatch.setattr(kernels, "_shares_natively", lambda: False)
+    pack = build_pack([make_example([7 + i], list(range(n))) for i, n in enumerate(lengths)], range(len(lengths)))
+    made = layout_of(pack, CPU)
+    (group,) = FlashCPU().groups(made, None)[0]
+    n = len(pack.tokens)
+    common = torch.randn(2, n, 1, 1, 8)
+    q, grad = (common + torch.randn(2, n, 1, 32, 8) / 8).bfloat16()
+    k, v = torch.randn(2, n, 1, 8).bfloat16()
+    leaves = [x.double().requires_grad_() for x in (k, v)]
+    heads = [x.permute(1, 2, 0, 3).flatten(0, 1)[None] for x in (q.double(), *(y[:, :, None] for y in leaves))]
+    out = dense(*heads, made, Rule(8**-0.5))
+    out.backward(grad.double().permute(1, 2, 0, 3).flatten(0, 1)[None])
+    logits = (heads[0] @ heads[1].mT * 8**-0.5).detach()
+    i = torch.arange(n)
+    seen = (i[None] <= i[:, None]) & (i[:, None] < made.reach[None])
+    lse = logits.masked_fill(~seen, float("-inf")).logsumexp(-1)[0].t()[:, None].float()
+    rows = out.detach()[0].transpose(0, 1)[:, None].bfloat16()
+    _, *found = FlashCPU().backward(grad, q, k, v, rows, lse, made, group, 8**-0.5)
+    for x, leaf in zip(found, leaves, strict=True):
+        expected = group.keys.of(leaf.grad)
+        assert float((x.double() - expected).norm() / expected.norm()) < 1e-3
 
 
 # --- the comparison

@@ -56,16 +56,16 @@ def metric(step: int, loss: float | None = 2.0, **more: Any) -> dict[str, Any]:
             "computed_tokens": 300, "examples": 2, "seconds": 0.5} | more  # fmt: skip
 
 
-def entry(origin: str, side: str, *counts: int, rule: str = "", reason: str = "") -> dict[str, Any]:
+def entry(origin: str, side: str, *counts: int, rule: str = "", reason: str = "", fate: str = "used") -> dict[str, Any]:
     examples, prompt, answer = counts or (0, 0, 0)
-    return {"origin": origin, "fate": "used" if counts else "dropped", "side": side, "examples": examples,
+    return {"origin": origin, "fate": fate if counts else "dropped", "side": side, "examples": examples,
             "prompt_tokens": prompt, "answer_tokens": answer, "rule": rule, "reason": reason}  # fmt: skip
 
 
 LEDGER = [
     entry("d.jsonl:1", "train", 2, 400, 100),
     entry("d.jsonl:2", "train", 1, 300, 100),
-    entry("d.jsonl:3", "train", 1, 200, 50, rule="too_long", reason="1 of 2 examples"),
+    entry("d.jsonl:3", "train", 1, 200, 50, fate="split", rule="too_long", reason="1 of 2 examples"),
     entry("d.jsonl:4", "heldout", 1, 200, 100),
     entry("d.jsonl:5", "train", rule="no_answer", reason="no assistant turn"),
     entry("d.jsonl:6", "heldout", rule="no_answer", reason="no assistant turn"),
@@ -81,7 +81,7 @@ MANIFEST = {
     "certificate": {
         "train": {
             "examples": 5, "checked": 5, "prompt_tokens": 1000, "answer_tokens": 300, "target_tokens": 300,
-            "terminator": {"text": "<|im_end|>", "id": 2}, "merged_boundaries": 0, "uses_date": False,
+            "terminator": {"text": "<|im_end|>", "id": 2}, "uses_date": False, "notes": {"merged_boundaries": 3},
         },
         "heldout": {},
     },
@@ -160,7 +160,8 @@ def test_page_shows_certificate_configuration_and_machine(tmp_path):
     "What was checked, the digests, the configuration as it is, versions and machine."
     text = page_of(write(tmp_path / "r")).text
     for expected in (
-        "✓ 5 of 5 examples", "<|im_end|> (token 2)", "f" * 64, "1" * 64, "2" * 64, "3" * 64, "2.13.0", "2026-01-02",
+        "✓ 5 of 5 examples", "<|im_end|> (token 2)", "boundaries inside a token 3",
+        "f" * 64, "1" * 64, "2" * 64, "3" * 64, "2.13.0", "2026-01-02",
         "  lr: 0.0002  # peak learning rate\n", "Linux x86_64, 16 cores", "org/model-1",
     ):  # fmt: skip
         assert expected in text, expected

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from architectures import architecture
 from instil.pack.tree import build_pack
 from instil.train.optim import MasterAdamW
 from instil.train.step import step
@@ -62,6 +63,15 @@ def test_matrices_decay_and_vectors_do_not(tiny: Any) -> None:
     for name, parameter in net.named_parameters():
         assert decay[id(parameter)] == (0.0 if "norm" in name or name.endswith("bias") else 0.2), name
     assert len(decay) == len(list(net.parameters()))
+
+
+def test_the_biases_of_experts_do_not_decay() -> None:
+    """gpt-oss stacks them to matrices [experts, width]; of its experts the weights decay and nothing else."""
+    net = architecture("gpt-oss, window and sinks")
+    optimizer = MasterAdamW(net, dtype=FP32, weight_decay=0.2)
+    decay = {id(p): group["weight_decay"] for group in optimizer.adamw.param_groups for p in group["params"]}
+    found = {n.rsplit(".", 1)[-1]: decay[id(p)] for n, p in net.named_parameters() if ".experts." in n}
+    assert found == {"gate_up_proj": 0.2, "gate_up_proj_bias": 0.0, "down_proj": 0.2, "down_proj_bias": 0.0}
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])

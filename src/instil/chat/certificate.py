@@ -95,7 +95,9 @@ class _Checker:
 
     def __init__(self, tokenizer: Tokenizer, template: Template, options: ChatOptions):
         self.tokenizer, self.template, self.options = tokenizer, template, options
-        self.maker = TurnMaker(tokenizer, template, options)  # for its terminators and numbered calls only
+        # Shared with the first derivation: ends of answers, numbered calls, whether the template appends, and, where edits
+        # do not apply, a turn rendered by itself.
+        self.maker = TurnMaker(tokenizer, template, options)
         self.counts = _Counts()
         self.readback = Readback(tokenizer)
         self.edits = EditTest(template, self.maker, self.readback)

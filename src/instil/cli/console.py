@@ -69,8 +69,10 @@ def looked_at(
 
 def _of_run(file: Path) -> tuple[Path, dict[str, str]]:
     """A run folder, or the config.yaml in one: its configuration, and that the run is where the folder is now."""
-    file = file / "config.yaml" if file.is_dir() and (file / "run.lock").is_file() else file
-    if file.name != "config.yaml" or not (file.parent / "run.lock").is_file():
+    from instil.folder import is_run
+
+    file = file / "config.yaml" if file.is_dir() and is_run(file) else file
+    if file.name != "config.yaml" or not is_run(file.parent):
         return file, {}
     folder = file.parent
     if folder.is_symlink() or folder.name in ("", ".."):

@@ -19,7 +19,9 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="File to measure on; default: the run's held-out rows.")] = None,
     base: Annotated[bool, typer.Option(help="Measure the run's base model beside it.")] = False,
     rows: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer, in tokens; default: twice the longest expected.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 = always the likeliest token.")] = 0.0,
     template: Annotated[str | None, typer.Option(help="Chat template file in place of the model's own.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
@@ -29,7 +31,6 @@ def evaluate(
         from instil.evaluate.generate import Sampling
         from instil.measure import evaluate as measure
 
-        sampling = Sampling(max_tokens or 256, temperature) if max_tokens or temperature else None
         found = []
         for is_base in (True, False) if base else (False,):
             say(f"measuring {'the base of ' if is_base else ''}{run}")
@@ -40,7 +41,7 @@ def evaluate(
                     template=template,
                     base=is_base,
                     rows=rows,
-                    sampling=sampling,
+                    sampling=Sampling(max_tokens, temperature),
                     progress=counter("answers"),
                 )
             )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from instil.cli.console import errors, put, put_json, say
+from instil.cli.console import errors, put, put_json, say, unwinding
 
 
 def register(app: typer.Typer) -> None:
@@ -23,7 +23,7 @@ def fork(
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Make a run NAME that goes on from RUN's newest checkpoint under other settings or data; RUN stays as it is."""
-    with errors():
+    with errors(), unwinding():
         from instil.fork import fork as make_fork
 
         folder, step = make_fork(run, name, settings or [])

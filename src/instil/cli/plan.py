@@ -29,7 +29,7 @@ def plan(
     data: Annotated[list[str] | None, typer.Option(help="File to learn from; may be given again.")] = None,
     heldout: Annotated[str | None, typer.Option(help="File (or share of the rows) to measure on.")] = None,
     template: Annotated[str | None, typer.Option(help="Chat template file in place of the model's own.")] = None,
-    measure: Annotated[bool, typer.Option(help="Time three packs with the model on this machine.")] = True,
+    measure: Annotated[bool, typer.Option(help="Time some packs with the model on this machine.")] = True,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Count what `instil train` with the same arguments would do: tokens, packs, steps, FLOPs, memory and time."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from instil.cli.console import errors, put, put_json, say
+from instil.cli.console import errors, put, put_json, say, unwinding
 
 
 def register(app: typer.Typer) -> None:
@@ -20,7 +20,7 @@ def verify(
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Check every hash of RUN, and that a few of its steps, killed and resumed, end as without the kill, to the bit."""
-    with errors():
+    with errors(), unwinding():
         from instil.verify import verify as run_verify
 
         found = run_verify(run, steps=steps, say=say)

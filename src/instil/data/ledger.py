@@ -13,9 +13,8 @@ import orjson
 
 from instil.errors import DataError, MachineError
 from instil.files import write_atomically
-from instil.types import Conversation
+from instil.types import Conversation, Fate
 
-Fate = Literal["used", "split", "cut", "dropped"]
 Side = Literal["train", "heldout"]
 
 

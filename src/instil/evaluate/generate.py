@@ -15,12 +15,15 @@ from transformers.generation.streamers import BaseStreamer
 from instil.model.attention import attention
 from instil.types import Int32
 
+MOST_TOKENS = 256  # of an answer, where nothing tells how long it may be
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """max_tokens: longest answer; temperature 0 = greedy; top_p: share of the probability mass sampled from."""
+    """max_tokens: longest answer, None = as what is measured asks for (measure.py), else MOST_TOKENS; temperature 0 = greedy;
+    top_p: share of the probability mass sampled from."""
 
-    max_tokens: int = 256
+    max_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
 
@@ -86,7 +89,7 @@ def _batch(
         tokens[row, longest - len(prompt) :] = torch.from_numpy(np.asarray(prompt, np.int64))
         seen[row, longest - len(prompt) :] = 1
     config = GenerationConfig(
-        max_new_tokens=sampling.max_tokens,
+        max_new_tokens=MOST_TOKENS if sampling.max_tokens is None else sampling.max_tokens,
         do_sample=sampling.temperature > 0,
         temperature=sampling.temperature or None,
         top_p=sampling.top_p if sampling.temperature > 0 else None,

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from instil.errors import UsageError
 
@@ -36,20 +37,29 @@ def add_lora(net: PreTrainedModel, lora: Lora, name: str, seed: int) -> PeftMode
     alpha None = 2 * rank. targets: last parts of module names (`q_proj`), or none for every linear layer but the head.
     name: the base model as the adapter's config will name it. seed: of A.
     """
-    linear = {module.rsplit(".", 1)[-1] for module, m in net.named_modules() if isinstance(m, nn.Linear)}
+    # By their exact type: a router may be a linear layer that returns more than its product, which no adapter adds to.
+    head = net.get_output_embeddings()
+    plain = [name for name, m in net.named_modules() if type(m) in (nn.Linear, Conv1D) and m is not head]
+    linear = {name.rsplit(".", 1)[-1] for name in plain}
+    if not linear:
+        raise UsageError.at(
+            "adapter.rank", "the model has no linear layers of a kind that adapters know", "set it to 0"
+        )
     for target in lora.targets:
         if target not in linear:
-            known = ", ".join(sorted(linear))
-            raise UsageError.at("adapter.targets", f"the model has no linear layer {target!r}", f"use some of: {known}")
+            is_head = any(m is head and name.rsplit(".", 1)[-1] == target for name, m in net.named_modules())
+            what = "is the head, which adapters leave as it is" if is_head else "is no linear layer of the model"
+            raise UsageError.at("adapter.targets", f"{target!r} {what}", f"use some of: {', '.join(sorted(linear))}")
     torch.manual_seed(seed)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or default_alpha(lora.rank),  # type: ignore[arg-type]  # peft divides, floats do
-        target_modules=list(lora.targets) if lora.targets else "all-linear",
+        target_modules=list(lora.targets) or plain,
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 by a name that goes in v6
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # peft sets it right for GPT-2's layers
         adapted = get_peft_model(net, config, autocast_adapter_dtype=False)  # bf16 copies; our masters are fp32
     adapted.peft_config["default"].base_model_name_or_path = name  # given before, peft would warn that it renames it
     return adapted

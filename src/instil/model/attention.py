@@ -101,7 +101,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, layout: Layout, rule: Rule)
     return logits.softmax(-1)[..., : len(i)].to(value.dtype) @ value
 
 
-# `loop` is what configurations and checkpoints name, from when a pack was a loop over documents; it is the best there is.
+# `loop` is named from when a pack was a loop over documents; it is the best there is.
 BACKENDS: dict[str, Backend] = {"loop": best, "dense": dense, "matmul": matmul, "flex": flexible}
 
 # What models hand to their attention that changes who sees whom or how much, and that no backend does.
@@ -164,8 +164,9 @@ def _refuse(module: nn.Module, query: Tensor, key: Tensor, mask: Any, given: dic
     for key_word, what in UNSUPPORTED.items():
         if given.get(key_word) is not None:
             raise _refused(module, f"uses {what}, which is not exact in a pack yet", "use another model")
-    if given.get("dropout"):
-        raise _refused(module, "uses attention dropout", "set attention_dropout to 0 in the model's config.json")
+    if share := given.get("dropout"):
+        what = f"uses attention dropout ({share:g}), which is not exact in a pack"
+        raise _refused(module, what, "set its attention's dropout to 0 in config.json", "dropout")
     if mask is not None:
         raise _refused(module, "brings an attention mask of its own", "use another model")
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
@@ -177,8 +178,8 @@ def _refuse(module: nn.Module, query: Tensor, key: Tensor, mask: Any, given: dic
         raise _refused(module, "lets tokens look at later ones", "use a causal language model")
 
 
-def _refused(module: nn.Module, what: str, remedy: str) -> ModelError:
-    error = ModelError.at(type(module).__name__, what, remedy)
+def _refused(module: nn.Module, what: str, remedy: str, rule: str = "invalid") -> ModelError:
+    error = ModelError.at(type(module).__name__, what, remedy, rule)
     assert isinstance(error, ModelError)
     return error
 

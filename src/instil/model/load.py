@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ OTHER_HEADS = {
 }  # fmt: skip
 EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight", "word_embeddings.weight", "lm_head.weight")
 VOCABULARY = "take model and tokenizer from the same place, or resize the embeddings and save the model again"
+IN_LAYER = re.compile(r"(.*?)\.\d+\.")  # the name of a tensor of a layer: what the layers are, and which
+# Keys of a config.json that say how much of what is drawn at random; a classifier's or a summary's are of other heads.
+DRAWING = re.compile(r"^(?!.*(?:classif|summary|vision|audio)).*(?:drop|jitter)")
 PROBE_WINDOW = 3  # tokens that windows are narrowed to
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # relative to the hidden states' norm
 
@@ -82,6 +86,7 @@ def load_model(
     if missing := sorted(loaded[1]["missing_keys"]):  # transformers would fill them with random numbers
         what = f"has no weights for {', '.join(missing[:5])}" + (f" and {len(missing) - 5} more" if missing[5:] else "")
         raise ModelError.at(folder, what, "save the model again, or use a complete one")
+    refuse_unused_weights(net, sorted(loaded[1]["unexpected_keys"]), folder)
     if type(net).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise ModelError.at(folder, f"{type(net).__name__} is not a causal language model", "use a text decoder")
     if not net._can_set_attn_implementation():
@@ -135,6 +140,23 @@ def refuse_other_heads(config: Any, place: object) -> None:
         kinds = [kind for word, kind in OTHER_HEADS.items() if any(word in name for name in names)]
         what = f"{', '.join(names)} is {kinds[0] if kinds else 'not a causal language model'}"
         raise ModelError.at(place, what, "use a causal language model (its config.json names ...ForCausalLM)")
+
+
+def refuse_unused_weights(net: PreTrainedModel, unused: list[str], place: object) -> None:
+    """Refuse weights of layers that config.json does not speak of: without them it is another model. (Others, of a vision
+    tower or of further heads, may stay behind, and so may masks that old models were saved with.)"""
+    own = set(net.state_dict())
+    stacks = {found[1] for name in own if (found := IN_LAYER.match(name))}
+    left = []
+    for name in unused:
+        found, of, kind = IN_LAYER.match(name), *name.rpartition(".")[::2]
+        counts = kind.startswith("weight") or (kind == "bias" and f"{of}.weight" in own)
+        if found and found[1] in stacks and counts:
+            left.append(name)
+    if left:
+        more = f" and {len(left) - 3} more" if left[3:] else ""
+        what = f"has weights that its config.json leaves out: {', '.join(left[:3])}{more}"
+        raise ModelError.at(place, what, "use the config.json that these weights were saved with")
 
 
 def refuse_absent_tokens(net: PreTrainedModel, place: object, highest_token: int) -> None:
@@ -193,6 +215,10 @@ def probe_isolation(net: PreTrainedModel, place: object) -> None:
 
     The reference is the model itself on the tokens alone, with its own plain attention and its own logits.
     """
+    _exactly(net, lambda: _isolation(net, place))
+
+
+def _isolation(net: PreTrainedModel, place: object) -> None:
     vocabulary = int(net.get_input_embeddings().weight.shape[0])  # type: ignore[index,union-attr]
     first, second = (np.random.Philox(key=[7, n]).random_raw(n).astype(np.uint64) % vocabulary for n in (5, 7))
     other = (first + np.uint64(1)) % np.uint64(vocabulary)
@@ -217,8 +243,11 @@ def probe_window(net: PreTrainedModel, place: object, longest_tokens: int) -> No
     Its windows are narrowed to a few tokens for a while, all by the same amount, so that a short text shows the difference.
     """
     window = getattr(net.config.get_text_config(), "sliding_window", None)
-    if not window or longest_tokens <= window:
-        return
+    if window and longest_tokens > window:
+        _exactly(net, lambda: _window(net, place, window, longest_tokens))
+
+
+def _window(net: PreTrainedModel, place: object, window: int, longest_tokens: int) -> None:
     vocabulary = int(net.get_input_embeddings().weight.shape[0])  # type: ignore[index,union-attr]
     tokens = np.random.Philox(key=[7, 9]).random_raw(9).astype(np.uint64) % vocabulary
     with _narrowed(net, window - PROBE_WINDOW), _running(net, place, "a window"):
@@ -231,16 +260,74 @@ def probe_window(net: PreTrainedModel, place: object, longest_tokens: int) -> No
         raise ModelError.at(place, what, remedy)
 
 
+def _exactly(net: PreTrainedModel, check: Callable[[], None]) -> None:
+    """Where a check fails, once more with parameters in float32: in bfloat16 a token's experts may be others for noise."""
+    try:
+        check()
+    except ModelError:
+        if net.dtype not in (torch.bfloat16, torch.float16):
+            raise
+        before = [(p, p.data) for p in net.parameters()]  # buffers such as rotary frequencies are float32 already
+        try:
+            for p, data in before:
+                p.data = data.float()
+            check()
+        finally:
+            for p, data in before:
+                p.data = data
+
+
+def probe_training(net: PreTrainedModel, place: Path) -> list[str]:
+    """Refuse a model that drops some of its attention while it learns; a line on what else it then draws at random.
+
+    Attention is computed in parts that no dropout is exact in. What is dropped elsewhere stays as the model's makers wanted
+    it; the examples that share a prefix share what is drawn there.
+    """
+    device = next(net.parameters()).device
+    config = net.config.get_text_config()
+    drawing = {key: x for key, x in config.to_dict().items() if isinstance(x, float) and 0 < x and DRAWING.search(key)}
+    inside = {key: x for key, x in drawing.items() if "att" in key}
+    tokens = np.arange(3, dtype=np.uint64) % config.vocab_size
+    training, forked = net.training, [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(forked), _running(net, place, "a step of training"):
+            before = _random_state(device)
+            _last_branch(net.train(), tokens, tokens, 1)
+            drawn = not torch.equal(before, _random_state(device))
+    except ModelError as error:
+        if error.problems[0].rule != "dropout" or not inside:
+            raise
+        what = f"{_listed(inside)}: dropout in attention is not exact in a pack"
+        raise ModelError.at(place / "config.json", what, f"set {' and '.join(inside)} to 0 there") from error
+    finally:
+        net.train(training)
+    if not drawn:
+        return []
+    what = _listed({key: x for key, x in drawing.items() if key not in inside}) or "its routing or the like"
+    return [f"the model draws at random while it learns ({what}); examples share the draws of what they begin with"]
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _listed(numbers: dict[str, float]) -> str:
+    return ", ".join(f"{key}={x:g}" for key, x in numbers.items())
+
+
 def _kind(net: PreTrainedModel) -> str:
     return f"{type(net).__name__} ({net.config.model_type})"
 
 
 @contextmanager
 def _running(net: PreTrainedModel, place: object, what: str) -> Iterator[None]:
-    """Without gradients, and with whatever goes wrong said in one line."""
+    """Without gradients, and with whatever goes wrong said in one line that names the place."""
     try:
         with torch.no_grad():
             yield
+    except ModelError as error:  # of attention, which knows no more than the layer's class
+        problem = error.problems[0]
+        raise ModelError.at(place, f"{problem.place} {problem.what}", problem.remedy, problem.rule) from error
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError.at(place, f"{_kind(net)} does not run on {what}: {first}", "use another model") from error

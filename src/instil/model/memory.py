@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -21,10 +22,22 @@ def activation_bytes_per_token(net: PreTrainedModel, dtype: torch.dtype) -> floa
     c = net.config.get_text_config()
     d, heads = c.hidden_size, c.num_attention_heads
     kv = getattr(c, "num_key_value_heads", None) or heads
-    head_dim = getattr(c, "head_dim", None) or d // heads
-    wide = getattr(c, "intermediate_size", None) or getattr(c, "n_inner", None) or 4 * d
+    head_dim, wide = head_width(c), feed_width(c)
     size = torch.empty((), dtype=dtype).element_size()
     return EAGER * size * c.num_hidden_layers * (4 * d + (2 * heads + 2 * kv) * head_dim + 3 * wide)
+
+
+def head_width(c: Any) -> float:
+    """Of an attention head; where keys are compressed (MLA), the mean of its width in queries and keys and in values."""
+    if rope := getattr(c, "qk_rope_head_dim", None):
+        return (c.qk_nope_head_dim + rope + c.v_head_dim) / 2
+    return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+
+
+def feed_width(c: Any) -> float:
+    """Of the feed-forward of a layer; where each layer has its own, their mean."""
+    wide = getattr(c, "intermediate_size", None) or getattr(c, "n_inner", None) or 4 * c.hidden_size
+    return sum(wide) / len(wide) if isinstance(wide, list | tuple) else wide
 
 
 def machine_bytes(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from instil.pack.mix import Mixed, epoch_examples
 from instil.pack.plan import StepPlan, epoch_packs
 from instil.pack.prefixes import Prefixes
 from instil.pack.tree import build_pack
-from instil.types import Batch, Example
+from instil.types import Batch, Example, Pack
 
 
 @dataclass
@@ -46,13 +46,14 @@ class Loader:
             self._epoch = epoch
         return self._packs
 
+    def pack(self, indices: Indices) -> Pack:
+        """The pack of these examples."""
+        return build_pack([self.examples[int(i)] for i in indices], indices.tolist(), self.plan.limit_tokens)
+
     def batch(self, step: int) -> Batch:
         """The batch of a step; weight_sum is what its summed loss is divided by, known before the first backward."""
         epoch, within = divmod(step, self.plan.steps_per_epoch)
-        packs = tuple(
-            build_pack([self.examples[int(i)] for i in pack], pack.tolist(), self.plan.limit_tokens)
-            for pack in self.packs(epoch)[within]
-        )
+        packs = tuple(self.pack(indices) for indices in self.packs(epoch)[within])
         return Batch(step, epoch, packs, float(sum(np.sum(pack.weight, dtype=np.float64) for pack in packs)))
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from instil.errors import MachineError, UsageError
 from instil.report.quantities import number
+from instil.types import FATES, Fate
 
 FILES = ("config.yaml", "manifest.json", "ledger.jsonl", "metrics.jsonl", "summary.json")
 SERIES = ("loss", "accuracy", "lr", "grad_norm", "target_tokens", "computed_tokens", "seconds")
@@ -32,10 +33,10 @@ class Side:
 
 @dataclass
 class Rule:
-    """Rows that one rule dropped, or from whose examples it left some out: how many, and the first few of them."""
+    """Rows that one rule dropped, split or cut (data/ledger.py): how many, and the first few of them."""
 
     name: str
-    fate: str
+    fate: Fate
     rows: int = 0
     first: list[tuple[str, str]] = field(default_factory=list)
 
@@ -148,11 +149,14 @@ def _ledger(path: Path, notes: list[str]) -> Ledger | None:
     for line in _lines(path):
         entry = _object(line)
         lines += 1
-        if not entry or entry.get("fate") not in ("used", "dropped") or entry.get("side") not in sides:
+        if not entry or entry.get("fate") not in FATES or entry.get("side") not in sides:
             bad += 1
             continue
         fate, side, rule = entry["fate"], sides[entry["side"]], str(entry.get("rule") or "")
-        setattr(side, f"{fate}_rows", getattr(side, f"{fate}_rows") + 1)
+        if fate == "dropped":
+            side.dropped_rows += 1
+        else:
+            side.used_rows += 1
         side.examples += int(number(entry.get("examples")) or 0)
         side.prompt_tokens += int(number(entry.get("prompt_tokens")) or 0)
         side.answer_tokens += int(number(entry.get("answer_tokens")) or 0)
@@ -163,7 +167,7 @@ def _ledger(path: Path, notes: list[str]) -> Ledger | None:
                 found.first.append((str(entry.get("origin", "")), str(entry.get("reason", ""))))
     if bad:
         notes.append(f"{path.name}: {bad:,} of {lines:,} lines are no ledger entries; they are left out here.")
-    ordered = sorted(rules.values(), key=lambda rule: (rule.fate, -rule.rows))
+    ordered = sorted(rules.values(), key=lambda rule: (rule.fate != "dropped", -rule.rows))
     return Ledger(sides, tuple(ordered)) if lines else None
 
 

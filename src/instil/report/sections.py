@@ -12,6 +12,7 @@ import numpy as np
 from instil.report.charts import LARGE, NARROW, SMALL, Chart, Line, draw, smooth
 from instil.report.evidence import Evidence, Side, inside
 from instil.report.quantities import change, count, duration, loss, number, rate, share, size
+from instil.types import Fate
 
 SMOOTH_FROM = 10  # steps; fewer are drawn as they are
 SMOOTH_SHARE = 1 / 30  # of the steps that the smoothed line averages over
@@ -205,7 +206,9 @@ def rules(evidence: Evidence) -> list[tuple[str, str, str, str, list[str]]]:
     if evidence.ledger is None:
         return []
     whole = evidence.ledger.total("used_rows") + evidence.ledger.total("dropped_rows")
-    did = {"dropped": "row dropped", "used": "some examples left out"}
+    did: dict[Fate, str] = {
+        "used": "row used", "split": "some examples left out", "cut": "old turns left out", "dropped": "row dropped"
+    }  # fmt: skip
     return [
         (r.name, did[r.fate], count(r.rows), share(r.rows, whole), [": ".join(filter(None, pair)) for pair in r.first])
         for r in evidence.ledger.rules
@@ -255,7 +258,7 @@ def certificates(evidence: Evidence) -> list[Certified]:
                 " / ".join(count(number(record.get(f"{s}_tokens"))) for s in ("prompt", "answer")),
             ),
             ("target tokens", count(number(record.get("target_tokens")))),
-            ("boundaries inside a token", count(number(record.get("merged_boundaries")))),
+            ("boundaries inside a token", count(number(inside(record, "notes").get("merged_boundaries", 0)))),
             ("template asks for the date", "yes" if record.get("uses_date") else "no"),
         )
         ok = checked is not None and checked == examples

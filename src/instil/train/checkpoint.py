@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from instil.files import discard, make_folder, publish, sha256_of_files, sweep
 
 FORMAT = 2  # 1: the manifest was indented; it is still read. A newer one is refused, never guessed at
 TENSORS = ("weights", "optimizer", "rng")
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a damaged manifest may raise
 PIN = ".pin"  # checkpoints/step-000123.pin: that checkpoint is never pruned
 
 
@@ -59,7 +61,7 @@ def save(folder: Path, state: TrainState, facts: Mapping[str, Any], *, keep: int
     """Write folder/step-N by the protocol: partial folder, flushed, manifest with hashes, rename; then prune.
 
     The new checkpoint is read again and verified before any older one is removed. facts: what the manifest records
-    beside the hashes (config, data, versions, machine). Raises MachineError when the disk refuses; nothing is lost.
+    beside the hashes (settings, data, model, versions, machine). Raises MachineError when the disk refuses; nothing is lost.
     """
     final = folder / checkpoint_name(state.step)
     try:
@@ -132,23 +134,42 @@ def verify(checkpoint: Path) -> str | None:
     Raises UsageError for a format that a newer version wrote.
     """
     try:
-        raw = (checkpoint / "manifest.json").read_bytes()
-        manifest = orjson.loads(raw)
-        kind = manifest["format"]
-        if manifest.pop("sha256") != _digest(manifest):
-            return "manifest.json is not what was saved"
-        if kind > FORMAT:
-            raise _too_new(checkpoint, manifest)
-        if kind > 1 and raw != _canonical({**manifest, "sha256": _digest(manifest)}):
+        manifest = _manifest(checkpoint)
+        if manifest is None:
             return "manifest.json is not what was saved"
         expected = manifest["files"]
         sizes = {f.name: f.stat().st_size for f in checkpoint.iterdir() if f.name != "manifest.json"}
         wrong = [name for name in {*expected, *sizes} if expected.get(name, {}).get("size") != sizes.get(name)]
         found = {} if wrong else hashes(checkpoint)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         return f"no readable manifest ({type(error).__name__})"
     wrong = wrong or [name for name in expected if expected[name] != found[name]]
     return f"{min(wrong)} is not what was saved" if wrong else None
+
+
+def manifests(folder: Path) -> list[dict[str, Any]]:
+    """The manifests of the checkpoints in a folder, the newest first, but for those that are not what was saved; nothing
+    else of a checkpoint is read. Raises UsageError for a format that a newer version wrote."""
+    found = []
+    for checkpoint in steps_newest_first(folder):
+        with suppress(*UNREADABLE):
+            manifest = _manifest(checkpoint)
+            found += [manifest] if manifest is not None else []
+    return found
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any] | None:
+    """A checkpoint's manifest without its digest; None where it is not what was saved."""
+    raw = (checkpoint / "manifest.json").read_bytes()
+    manifest: dict[str, Any] = orjson.loads(raw)
+    kind = manifest["format"]
+    if manifest.pop("sha256") != _digest(manifest):
+        return None
+    if kind > FORMAT:
+        raise _too_new(checkpoint, manifest)
+    if kind > 1 and raw != _canonical({**manifest, "sha256": _digest(manifest)}):
+        return None
+    return manifest
 
 
 def _too_new(checkpoint: Path, manifest: Mapping[str, Any]) -> InstilError:
@@ -207,5 +228,5 @@ def step_of(checkpoint: Path) -> int:
 
 def steps_newest_first(folder: Path) -> list[Path]:
     """The checkpoints by step number, highest first: never by clock or pointer file."""
-    found = [f for f in folder.glob("step-*") if f.name[5:].isdigit() and f.is_dir()] if folder.is_dir() else []
+    found = [f for f in folder.glob("step-*") if f.name[5:].isdecimal() and f.is_dir()] if folder.is_dir() else []
     return sorted(found, key=step_of, reverse=True)

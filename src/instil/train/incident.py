@@ -13,7 +13,7 @@ import orjson
 import torch
 from transformers import PreTrainedModel
 
-from instil.errors import DivergedError, InstilError, Problem
+from instil.errors import DivergedError, InstilError, MachineError, Problem
 from instil.files import write_atomically
 from instil.model.finite import not_finite
 from instil.model.head import chunk_rows, head_of
@@ -37,6 +37,14 @@ class Seen:
 
     def __str__(self) -> str:
         return f"{self.origin} (loss {self.loss:.4g}, largest logit {self.largest_logit:.4g})"
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """How the step was made, beside the configuration: its rate; again: layers were computed again in the backward pass."""
+
+    lr: float
+    again: bool
 
 
 def examples_of(batch: Batch, examples: Sequence[Example]) -> list[Example]:
@@ -70,16 +78,17 @@ def rows_line(found: Sequence[Seen]) -> str:
 
 
 def record_incident(
-    folder: Path, error: DivergedError, rows: Sequence[Seen], state: checkpoint.TrainState, lr: float,
+    folder: Path, error: DivergedError, rows: Sequence[Seen], state: checkpoint.TrainState, how: How,
     facts: Mapping[str, Any],
 ) -> Problem:  # fmt: skip
     """Keep the step in `folder`: the state before it, as a checkpoint, and incident.json; returns where, and what for.
 
-    state.step: updates done before the step; the update of the step was not applied, so the state is that before it.
+    state.step: updates done before the step; the update of the step was not applied, so weights and moments are those
+    before it; the random state must be that before it too.
     """
     step = state.step + 1
     told = {
-        "step": step, "problems": [str(problem) for problem in error.problems], "lr": lr,
+        "step": step, "problems": [str(problem) for problem in error.problems], **asdict(how),
         "rows": [asdict(each) for each in rows], "not_finite": not_finite(state.weights.items()),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
     }  # fmt: skip
@@ -90,6 +99,18 @@ def record_incident(
         return Problem(f"step {step}", f"could not be kept: {refused}", "")
     remedy = f"`instil replay {folder.parent}` repeats the step and finds where it first is not finite"
     return Problem(str(folder), "holds the step that diverged", remedy)
+
+
+def read_incident(folder: Path) -> How:
+    """How the step in `folder` was made. Raises MachineError where incident.json does not say it."""
+    path = folder / "incident.json"
+    try:
+        found = orjson.loads(path.read_bytes())
+        return How(float(found["lr"]), bool(found.get("again", False)))  # older ones do not have the second
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        why = f"{type(error).__name__}: {error}"
+        remedy = "run the run's command again: where the step diverges again, it is kept anew"
+        raise MachineError.at(path, f"cannot be read ({why})", remedy) from None
 
 
 def _plain(value: Any) -> Any:

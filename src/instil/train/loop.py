@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from instil.errors import DivergedError, MachineError, Problem, Stopped
 from instil.model.machine import release_free_memory
+from instil.model.memory import computes_layers_again
 from instil.pack.loader import Ahead, Loader
 from instil.train import checkpoint
-from instil.train.incident import Seen, examples_of, looked_at, record_incident, rows_line
+from instil.train.incident import How, Seen, examples_of, looked_at, record_incident, rows_line
 from instil.train.optim import MasterAdamW
 from instil.train.room import Room
 from instil.train.schedule import Schedule, learning_rate
@@ -190,12 +192,13 @@ class _Steps:
         batch = self.batches.batch(progress.step)
         spikes = Spikes(progress.recent)
         most = spikes.limit if plan.skip_spikes else float("inf")
+        rng = checkpoint.rng_state()  # before the step: its own forward passes draw (dropout)
         try:
             stats = train_step(
                 self.net, self.optimizer, batch, lr=lr, clip_norm=plan.clip_norm, most_loss=most, room=self.room
             )
         except DivergedError as error:
-            raise self._diverged(error, batch, lr) from error
+            raise self._diverged(error, batch, lr, rng) from error
         seconds = self.asked.without_pauses(time.monotonic() - start, progress.seconds / max(1, progress.step))
         if spikes.leaps(stats.loss):
             self._spiked(batch, stats, spikes)
@@ -228,15 +231,21 @@ class _Steps:
         fate = "this step is left out" if stats.skipped else "train.spikes=skip would leave such steps out"
         self.tell.say(f"warning: step {batch.step + 1}: {what}; {fate}; its rows: {rows_line(rows)}")
 
-    def _diverged(self, error: DivergedError, batch: Batch, lr: float) -> DivergedError:
-        """The error with the rows of its step and their largest logits, the step being kept for `instil replay`."""
+    def _diverged(
+        self, error: DivergedError, batch: Batch, lr: float, rng: Mapping[str, torch.Tensor]
+    ) -> DivergedError:
+        """The error with the rows of its step and their largest logits, the step being kept for `instil replay`.
+
+        rng: the random state before the step.
+        """
         p, found = self.progress, self._rows(batch)
         rows = Problem(f"step {batch.step + 1}", f"its rows, the worst first: {rows_line(found)}", "")
         if self.plan.incidents is None:
             return DivergedError(*error.problems, rows)
         weights, moments = self.optimizer.masters, self.optimizer.state()
-        state = checkpoint.TrainState(p.step, weights, moments, checkpoint.rng_state(), p.counters())
-        kept = record_incident(self.plan.incidents, error, found, state, lr, self.facts)
+        state = checkpoint.TrainState(p.step, weights, moments, rng, p.counters())
+        how = How(lr, computes_layers_again(self.net))
+        kept = record_incident(self.plan.incidents, error, found, state, how, self.facts)
         return DivergedError(*error.problems, rows, kept)
 
     def _rows(self, batch: Batch) -> list[Seen]:

@@ -17,7 +17,7 @@ class MasterAdamW:
     With dtype bfloat16 every trainable parameter keeps a float32 master (the loaded value, if that was float32) and
     itself becomes a copy in that dtype; its gradient is added to the master's float32 gradient as soon as a backward has
     made it, and freed. After an update the masters are cast into the model once. With float32 the parameters are their
-    own masters. Matrices decay by `weight_decay`, vectors (norms, biases) do not.
+    own masters. Matrices decay by `weight_decay`, norms and biases do not.
     """
 
     def __init__(self, net: nn.Module, *, dtype: torch.dtype, weight_decay: float):
@@ -31,8 +31,9 @@ class MasterAdamW:
         for name in self._owned:
             self.parameters[name].register_post_accumulate_grad_hook(self._collector(name))
         groups: dict[float, list[Tensor]] = {weight_decay: []}
-        for master in self.masters.values():
-            groups.setdefault(weight_decay if master.dim() > 1 else 0.0, []).append(master)
+        for name, master in self.masters.items():
+            decays = master.dim() > 1 and not name.endswith("bias")  # those of experts are stacked to a matrix
+            groups.setdefault(weight_decay if decays else 0.0, []).append(master)
         self.adamw = torch.optim.AdamW(
             [{"params": p, "weight_decay": d} for d, p in groups.items() if p],
             lr=0.0, betas=BETAS, eps=EPSILON, fused=True,

@@ -34,9 +34,9 @@ def default_rate(adapter_rank: int) -> float:
     return RATE_ADAPTER if adapter_rank else RATE_FULL
 
 
-def default_epochs(rows: int) -> int:
-    """More than 10,000 rows: one pass; else two."""
-    return 1 if rows > 10_000 else 2
+def default_epochs(examples: int) -> int:
+    """More than 10,000 examples: one pass; else two."""
+    return 1 if examples > 10_000 else 2
 
 
 def default_batch_examples(examples: int) -> int:
