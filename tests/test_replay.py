@@ -12,7 +12,7 @@ import torch
 
 import stories
 import tiny
-from instil import compiling, forecast
+from instil import compiling, footprint
 from instil import replay as replaying
 from instil.errors import DivergedError, MachineError, UsageError
 from instil.replay import replay
@@ -182,7 +182,7 @@ def test_the_step_is_computed_as_it_was(place: Path, monkeypatch: pytest.MonkeyP
     poison = in_master("model.norm.weight", float("nan"))
     replay(str(diverged(place, poison)))
     assert done == []
-    monkeypatch.setattr(forecast, "machine_bytes", lambda device: 1)
+    monkeypatch.setattr(footprint, "machine_bytes", lambda device: 1)
     run = diverged(place, poison, "train.compile=true", "run.name=y").with_name("y")
     assert done == ["instil.compiling: compile_layers"]
     monkeypatch.undo()

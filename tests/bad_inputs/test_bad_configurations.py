@@ -61,7 +61,7 @@ def test_every_wrong_key_and_value_is_said_at_once_with_its_range(refused: Refus
         "c.yaml:4: train.lr: -1: should be greater than 0; train.lr: peak learning rate; null = 2e-5 full, 2e-4 LoRA "
         "(above 0 to 10)",
         "c.yaml:6: train.epochs: 1000000000.0: should be a valid integer; train.epochs: passes over the data; null = 1 "
-        "above 10k rows, else 2 (from 1 to 1000)",
+        "above 10k examples, else 2 (from 1 to 1000)",
         "c.yaml:5: train.batch_examples: 0: should be greater than or equal to 1; train.batch_examples: examples a step, "
         "on average; null = 8 to 128 by data size (from 1)",
         "c.yaml:7: train.warmup: 1: should be less than 1; train.warmup: share of the steps in which the rate rises (from "

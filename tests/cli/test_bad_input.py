@@ -320,7 +320,7 @@ def test_an_override_without_a_sign_is_refused(refused: Callable[..., str]) -> N
 def test_an_adapter_target_that_is_absent_names_the_known(refused: Callable[..., str]) -> None:
     """A wrong target is found once the model is loaded; even then nothing stays behind."""
     line = refused("adapter.rank=2", "adapter.targets=[q_porj]", code=2, lines=1)
-    assert line.startswith("adapter.targets: the model has no linear layer 'q_porj'; use some of: ")
+    assert line.startswith("adapter.targets: 'q_porj' is no linear layer of the model; use some of: ")
     assert "q_proj" in line
 
 

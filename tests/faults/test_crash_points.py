@@ -171,6 +171,7 @@ def test_a_planted_fault_is_found_by_dying(act: str, plant: str, cold_forks: For
 
 DATA, NAMES = ("zeroed", "cut", "gone"), ("kept", "undone", "some")
 EVERY = [(*each, seed) for each in itertools.product(DATA, NAMES) for seed in range(3 if each[1] == "some" else 1)]
+RECORD = {"step": 1, "seconds": 1.0, "computed_tokens": 9}
 FEW = [("zeroed", "undone", 0), ("cut", "some", 1)]
 
 
@@ -256,7 +257,7 @@ def test_the_history_is_on_the_disk_before_the_checkpoint_that_follows_from_it(t
         run.path.mkdir()
 
         def step() -> None:
-            append_metrics(run.metrics, {"step": 1})
+            append_metrics(run.metrics, RECORD)
             flush(run)
             checkpoint.save(run.checkpoints, state(1), {}, keep=2)
 
@@ -268,7 +269,7 @@ def test_the_history_is_on_the_disk_before_the_checkpoint_that_follows_from_it(t
             for data, names, seed in FEW:
                 after = RunFolder(shot.after_power_loss(tmp_path / "after", data, names, seed))
                 saved = after.checkpoints.is_dir() and load_latest_or_none(after.checkpoints)
-                found += bool(saved) and read_metrics(after.metrics) != [{"step": 1}]
+                found += bool(saved) and read_metrics(after.metrics) != [RECORD]
         return found
 
     shots: list[crashes.Snapshot] = []

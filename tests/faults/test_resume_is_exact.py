@@ -363,21 +363,20 @@ def test_a_resume_reads_no_batch_that_is_done(place: Path, monkeypatch: pytest.M
         drawn: list[int] = []
         packs = [0]
         with pytest.MonkeyPatch.context() as patch:
-            batch, build, step = Loader.batch, loader.build_pack, loop.train_step
+            batch, step = Loader.batch, loop.train_step
 
-            def counted(*given: Any, build: Any = build, packs: list[int] = packs) -> Any:
-                packs[0] += 1
-                return build(*given)
-
-            def draw(self: Loader, k: int, batch: Any = batch, drawn: list[int] = drawn) -> Any:
+            def draw(
+                self: Loader, k: int, batch: Any = batch, drawn: list[int] = drawn, packs: list[int] = packs
+            ) -> Any:
                 drawn.append(k)
-                return batch(self, k)
+                made = batch(self, k)
+                packs[0] += len(made.packs)
+                return made
 
             def first(*given: Any, step: Any = step, done: int = done, packs: list[int] = packs, **more: Any) -> Any:
                 built.setdefault(done, packs[0])
                 return step(*given, **more)
 
-            patch.setattr(loader, "build_pack", counted)
             patch.setattr(Loader, "batch", draw)
             patch.setattr(loop, "train_step", first)
             assert stories.train(place, *how, name=f"x{done}").code == 0
@@ -389,7 +388,7 @@ def test_a_resume_reads_no_batch_that_is_done(place: Path, monkeypatch: pytest.M
 
 
 def line(step: int, loss: float = 1.0) -> bytes:
-    return b'{"step":%d,"loss":%g}\n' % (step, loss)
+    return b'{"step":%d,"loss":%g,"seconds":1,"computed_tokens":9}\n' % (step, loss)
 
 
 @pytest.mark.parametrize(

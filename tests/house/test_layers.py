@@ -15,7 +15,8 @@ SOURCE = ROOT / "src" / "instil"
 LAYERS = {
     "errors": 0, "types": 0, "files": 0, "data": 1, "chat": 1, "curate": 2, "pack": 2, "model": 3, "train": 4, "evaluate": 5,
     "report": 6, "config": 7, "yamltext": 7, "folder": 7, "prepare": 7, "account": 7, "audit": 7, "workers": 7, "resolve": 7,
-    "plan": 7, "planned": 7, "costs": 7, "footprint": 7, "pace": 7, "forecast": 7, "explain": 7, "record": 7, "measure": 7, "compiling": 7, "difference": 7,
+    "plan": 7, "planned": 7, "costs": 7, "footprint": 7, "pace": 7, "forecast": 7,
+    "explain": 7, "record": 7, "measure": 7, "compiling": 7, "difference": 7,
     "resume": 7, "fork": 7, "replay": 7, "verify": 7, "run": 7,
     "cli": 8, "studio": 8,
 }  # fmt: skip
