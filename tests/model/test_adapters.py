@@ -198,6 +198,12 @@ def test_a_saved_adapter_is_what_peft_reads(saved: Any, tmp_path: Path, some_exa
     assert not torch.equal(logits(net), start)
 
 
+def test_a_saved_adapter_names_layers_as_servers_do(tiny: Any, tmp_path: Path) -> None:
+    """By the last part of their names, not module by module."""
+    save_adapter(lora(tiny()), tmp_path)
+    assert sorted(json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]) == sorted(ALL)
+
+
 def test_alpha_is_twice_the_rank_unless_said(tiny: Any) -> None:
     """So that the usual scale is 2, whatever the rank."""
     assert add_lora(tiny(), Section(6, None, []), "b", 0).peft_config["default"].lora_alpha == 12

@@ -39,7 +39,8 @@ def add_lora(net: PreTrainedModel, lora: Lora, name: str, seed: int) -> PeftMode
     """
     # By their exact type: a router may be a linear layer that returns more than its product, which no adapter adds to.
     head = net.get_output_embeddings()
-    plain = [name for name, m in net.named_modules() if type(m) in (nn.Linear, Conv1D) and m is not head]
+    adaptable = {m: name for name, m in net.named_modules() if type(m) in (nn.Linear, Conv1D) and m is not head}
+    plain = list(adaptable.values())
     linear = {name.rsplit(".", 1)[-1] for name in plain}
     if not linear:
         raise UsageError.at(
@@ -50,11 +51,13 @@ def add_lora(net: PreTrainedModel, lora: Lora, name: str, seed: int) -> PeftMode
             is_head = any(m is head and name.rsplit(".", 1)[-1] == target for name, m in net.named_modules())
             what = "is the head, which adapters leave as it is" if is_head else "is no linear layer of the model"
             raise UsageError.at("adapter.targets", f"{target!r} {what}", f"use some of: {', '.join(sorted(linear))}")
+    others = {name.rsplit(".", 1)[-1] for name, m in net.named_modules() if m not in adaptable}
+    every = plain if linear & others else sorted(linear)  # by last parts, as servers know them, where these say enough
     torch.manual_seed(seed)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or default_alpha(lora.rank),  # type: ignore[arg-type]  # peft divides, floats do
-        target_modules=list(lora.targets) or plain,
+        target_modules=list(lora.targets) or every,
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 by a name that goes in v6
