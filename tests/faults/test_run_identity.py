@@ -184,6 +184,35 @@ def test_a_lost_manifest_hides_no_other_rows(place: Path) -> None:
     assert as_whole(stories.train(place), run, whole.parents[1])
 
 
+@pytest.mark.parametrize("lost", ["nothing", "manifest.json", "the order in checkpoints"])
+def test_files_in_any_order_are_the_run_s_own(lost: str, place: Path) -> None:
+    """Three files whose names are in no order: the run goes on, to the bit, with `train RUN` too; where it can be known,
+    another order is refused."""
+    for name, most in (("c", 20), ("b", 30), ("a", 40)):
+        tiny.write_rows(place / f"{name}.jsonl", tiny.some_rows(40)[most - 20 : most])
+    files = f"[{place / 'c.jsonl'},{place / 'a.jsonl'}]"
+    held = f"data.heldout={place / 'b.jsonl'}"
+    allowed = "data.leak=allow"
+
+    def go(name: str, given: str) -> tiny.Said:
+        return stories.train(place, f"data.train={given}", held, allowed, name=name)
+
+    assert go("whole", files).code == 0
+    with stories.after_step(DONE, lambda: os.kill(os.getpid(), 15)):
+        assert go("x", files).code == 143
+    run = place / "runs" / "x"
+    if lost == "manifest.json":
+        (run / lost).unlink()
+    if lost.startswith("the order"):
+        rewritten(run / "checkpoints" / f"step-{DONE:06d}", data_files=None)
+    other = go("x", f"[{place / 'a.jsonl'},{place / 'c.jsonl'}]")
+    assert other.code in (2, 3), other.err
+    said = tiny.command("train", run)
+    assert said.code == 0, said.err
+    assert f"resumed after step {DONE}" in said.err
+    assert stories.differing(run, place / "runs" / "whole") == []
+
+
 @pytest.mark.parametrize("what", ["model", "tokenizer", "template"])
 def test_a_lost_manifest_hides_no_other_model(what: str, place: Path) -> None:
     """Without manifest.json too: exit 4 by the part that changed."""
